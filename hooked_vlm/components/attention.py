@@ -1,0 +1,241 @@
+"""Multi-head attention: self, causal and cross, with every head in sight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hooked_vlm.components.hook_point import HookPoint
+from hooked_vlm.config import StackConfig
+
+KeyValue = tuple[Tensor, Tensor]  # [rows, pos, head, d_head] each, before their hook points
+
+
+@dataclass
+class Source:
+    """What cross-attention reads: the states of another stack, shared by rows of the batch.
+
+    Attributes:
+        states: the other stack's output.
+        mask: which of its positions may be seen; None for all.
+        rows: for each row of the batch, the row of `states` it reads; None where the rows pair up
+            one to one, or where one row of `states` serves the whole batch.
+        kept: keys and values by layer, filled as they are made; None keeps nothing.
+    """
+
+    states: Float[Tensor, "rows source d_source"]
+    mask: Bool[Tensor, "rows source"] | None = None
+    rows: Int[Tensor, " batch"] | None = None
+    kept: dict[int, KeyValue] | None = None
+
+    def shared(self) -> Int[Tensor, " groups"] | None:
+        """The rows of `states` to read, each by an equal run of consecutive batch rows.
+
+        None stands for 'all, in order'. Rows that do not fall into equal runs are named one by
+        one, and then copied.
+        """
+        if self.rows is None:
+            return None
+        groups, counts = self.rows.unique_consecutive(return_counts=True)
+        if (counts == counts[0]).all():
+            return (
+                None
+                if torch.equal(groups, torch.arange(len(self.states), device=groups.device))
+                else groups
+            )
+        return self.rows
+
+
+class Attention(nn.Module):
+    """`softmax(q k^T / sqrt(d_head)) v`, heads joined by an output projection.
+
+    Source: arXiv 1706.03762 sec. 3.2. Fused unless somebody listens to scores or pattern; both
+    ways a query that may see no key has a pattern and z of 0.
+
+    Args:
+        cfg: sizes of the stack.
+        d_source: width of what keys and values read; None for self-attention.
+    """
+
+    def __init__(self, cfg: StackConfig, d_source: int | None = None):
+        super().__init__()
+        self.n_heads, self.d_head = cfg.n_heads, cfg.d_head
+        self.q = nn.Linear(cfg.d_model, cfg.d_model)
+        self.k = nn.Linear(d_source or cfg.d_model, cfg.d_model)
+        self.v = nn.Linear(d_source or cfg.d_model, cfg.d_model)
+        self.o = nn.Linear(cfg.d_model, cfg.d_model)
+        heads = cfg.n_heads
+        self.hook_q_in = HookPoint()  # [batch, query, d_model]
+        self.hook_kv_in = HookPoint()  # [batch, key, d_source]
+        self.hook_q = HookPoint(2, heads)  # [batch, query, head, d_head]
+        self.hook_k = HookPoint(2, heads)  # [batch, key, head, d_head]
+        self.hook_v = HookPoint(2, heads)  # [batch, key, head, d_head]
+        self.hook_attn_scores = HookPoint(1, heads)  # [batch, head, query, key]
+        self.hook_pattern = HookPoint(1, heads)  # [batch, head, query, key]
+        self.hook_z = HookPoint(2, heads)  # [batch, query, head, d_head]
+        self.hook_result = HookPoint(2, heads)  # [batch, query, head, d_model]
+
+    def _heads(self, x: Tensor) -> Float[Tensor, "batch pos head d_head"]:
+        return x.unflatten(-1, (self.n_heads, self.d_head))
+
+    def _join(
+        self,
+        q: Float[Tensor, "batch query head d_head"],
+        k: Float[Tensor, "groups key head d_head"],
+        v: Float[Tensor, "groups key head d_head"],
+        mask: Bool[Tensor, "_ 1 _ key"] | None,
+    ) -> Float[Tensor, "batch query d_model"]:
+        """Attends and projects out; each row of k and v serves a run of consecutive batch rows."""
+        batch, groups = len(q), len(k)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if not (self.hook_attn_scores.listening or self.hook_pattern.listening):
+            fused = F.scaled_dot_product_attention(_fold(q, groups), k, v, attn_mask=mask)
+            z = _unfold(fused, batch).transpose(1, 2)
+        else:
+            scores = _fold(q, groups) @ k.mT * self.d_head**-0.5
+            lowest = torch.finfo(scores.dtype).min
+            if mask is not None:
+                scores = scores.masked_fill(~mask, lowest)
+            scores = self.hook_attn_scores(_unfold(scores, batch))
+            pattern = scores.softmax(-1)
+            if mask is not None or self.hook_attn_scores.written:
+                pattern = pattern.masked_fill((scores == lowest).all(-1, keepdim=True), 0)
+            pattern = self.hook_pattern(pattern)
+            z = _unfold(_fold(pattern, groups) @ v, batch).transpose(1, 2)
+        z = self.hook_z(z)
+        if self.hook_result.listening:
+            result = torch.einsum("bqhd,hdm->bqhm", z, self.W_O)
+            return self.hook_result(result).sum(2) + self.o.bias
+        return self.o(z.flatten(-2))
+
+    # TransformerLens' per-head weights: views of the released ones.
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
+        """Query weights, head by head."""
+        return self.q.weight.unflatten(0, (self.n_heads, self.d_head)).mT
+
+    @property
+    def W_K(self) -> Float[Tensor, "head d_source d_head"]:
+        """Key weights, head by head."""
+        return self.k.weight.unflatten(0, (self.n_heads, self.d_head)).mT
+
+    @property
+    def W_V(self) -> Float[Tensor, "head d_source d_head"]:
+        """Value weights, head by head."""
+        return self.v.weight.unflatten(0, (self.n_heads, self.d_head)).mT
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights, head by head."""
+        return self.o.weight.mT.unflatten(0, (self.n_heads, self.d_head))
+
+    @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        """Query biases."""
+        return self._heads(self.q.bias)
+
+    @property
+    def b_K(self) -> Float[Tensor, "head d_head"]:
+        """Key biases."""
+        return self._heads(self.k.bias)
+
+    @property
+    def b_V(self) -> Float[Tensor, "head d_head"]:
+        """Value biases."""
+        return self._heads(self.v.bias)
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        """Output bias."""
+        return self.o.bias
+
+
+class SelfAttention(Attention):
+    """Attention of a stack to itself."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        mask: Bool[Tensor, "#batch 1 _ key"] | None = None,
+        queries: slice = slice(None),
+        past: Any = None,
+        layer: int = 0,
+    ) -> Float[Tensor, "batch query d_model"]:
+        """Attends from `queries` to every position, and to those in `past`.
+
+        Args:
+            x: what queries, keys and values read.
+            mask: True where a query may see a key.
+            queries: the positions whose output is wanted.
+            past: a `transformers.Cache` of earlier keys and values, which gets the new ones.
+            layer: this block's number in `past`.
+        """
+        kv_in = self.hook_kv_in(x)
+        q = self.hook_q(self._heads(self.q(self.hook_q_in(x)[:, queries])))
+        k = self.hook_k(self._heads(self.k(kv_in)))
+        v = self.hook_v(self._heads(self.v(kv_in)))
+        if past is not None:
+            k, v = past.update(k.transpose(1, 2), v.transpose(1, 2), layer)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return self._join(q, k, v, mask)
+
+
+class CrossAttention(Attention):
+    """Attention of one stack to the output of another."""
+
+    def forward(
+        self, x: Float[Tensor, "batch query d_model"], source: Source, layer: int
+    ) -> Float[Tensor, "batch query d_model"]:
+        """Attends from x to the source; keys and values that the source keeps are not made again.
+
+        Args:
+            x: what the queries read.
+            source: what keys and values read.
+            layer: this block's number in `source.kept`.
+        """
+        q = self.hook_q(self._heads(self.q(self.hook_q_in(x))))
+        k, v, mask = self._keys_and_values(source, len(x), layer)
+        if self.hook_k.listening or self.hook_v.listening:
+            k, v, mask = (_repeat(t, len(x)) for t in (k, v, mask))
+            k, v = self.hook_k(k), self.hook_v(v)
+        return self._join(q, k, v, mask)
+
+    def _keys_and_values(
+        self, source: Source, batch: int, layer: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        groups = source.shared()
+        mask = None if source.mask is None else _pick(source.mask, groups)[:, None, None]
+        kept = None if source.kept is None else source.kept.get(layer)
+        if kept is not None and not self.hook_kv_in.listening:
+            return _pick(kept[0], groups), _pick(kept[1], groups), mask
+        states = source.states
+        if self.hook_kv_in.listening:
+            states = self.hook_kv_in(_repeat(_pick(states, groups), batch))
+            mask = None if mask is None else _repeat(mask, batch)
+            groups = None
+        k, v = self._heads(self.k(states)), self._heads(self.v(states))
+        if source.kept is not None and not self.hook_kv_in.has_writers:
+            source.kept[layer] = k, v
+        return _pick(k, groups), _pick(v, groups), mask
+
+
+def _pick(t: Tensor, rows: Tensor | None) -> Tensor:
+    return t if rows is None else t[rows]
+
+
+def _repeat(t: Tensor | None, batch: int) -> Tensor | None:
+    return t if t is None or len(t) == batch else t.repeat_interleave(batch // len(t), 0)
+
+
+def _fold(t: Tensor, groups: int) -> Float[Tensor, "groups head pos _"]:
+    """Lays the rows of a group side by side along the position axis: one product serves them."""
+    return t.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _unfold(t: Tensor, batch: int) -> Float[Tensor, "batch head pos _"]:
+    return t.unflatten(2, (batch // len(t), -1)).transpose(1, 2).flatten(0, 1)

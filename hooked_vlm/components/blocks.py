@@ -1,0 +1,155 @@
+"""Transformer blocks, each a few parts: attention, cross-attention, MLP.
+
+A forward pass can be continued at the door of any part, so a block takes the part to start at and
+hands the stream at each door to whoever keeps it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from hooked_vlm.components.attention import CrossAttention, SelfAttention, Source
+from hooked_vlm.components.hook_point import HookPoint
+from hooked_vlm.components.mlp import MLP
+from hooked_vlm.components.norm import LayerNorm
+from hooked_vlm.config import StackConfig, TextConfig
+
+Part = Literal["attn", "cross_attn", "mlp"]
+Door = tuple[int, Part]  # a block's number and the part behind the door
+Stream = Float[Tensor, "batch pos d_model"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the blocks of a stack read besides the stream.
+
+    Attributes:
+        mask: True where a query may see a key of the stack itself.
+        source: what cross-attention reads; None skips it.
+        past: a `transformers.Cache` of the stack's own keys and values.
+        queries: the positions that are wanted of this block's output.
+        doors: filled with the stream at each part's door, by layer and part.
+    """
+
+    mask: Bool[Tensor, "_ 1 _ _"] | None = None
+    source: Source | None = None
+    past: Any = None
+    queries: slice = field(default_factory=lambda: slice(None))
+    doors: dict[Door, Tensor] | None = None
+
+    def wanting(self, queries: slice) -> Context:
+        """The same, for a block of which only some positions are wanted."""
+        mask = self.mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, queries]
+        return replace(self, queries=queries, mask=mask)
+
+    def keep(self, layer: int, part: Part, x: Tensor) -> None:
+        """Keeps the stream at a door, if anybody asked for it."""
+        if self.doors is not None:
+            self.doors[layer, part] = x
+
+
+class PreNormBlock(nn.Module):
+    """`x + attn(ln1(x))`, then `x + mlp(ln2(x))`.
+
+    Source: ViT (arXiv 2010.11929) eq. 2 and 3.
+    """
+
+    # The part that each component belongs to; unnamed ones belong to the first.
+    PARTS: ClassVar[dict[str, Part]] = {
+        "hook_mlp_in": "mlp",
+        "ln2": "mlp",
+        "mlp": "mlp",
+        "hook_mlp_out": "mlp",
+        "hook_resid_post": "mlp",
+    }
+
+    def __init__(self, cfg: StackConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.ln1 = LayerNorm(cfg.d_model, cfg.eps)
+        self.attn = SelfAttention(cfg)
+        self.ln2 = LayerNorm(cfg.d_model, cfg.eps)
+        self.mlp = MLP(cfg)
+        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model], as all below
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_mid = HookPoint()
+        self.hook_mlp_in = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+
+    def forward(self, x: Stream, context: Context, start: Part = "attn") -> Stream:
+        """Runs the block, or what of it comes from the part `start` on."""
+        if start == "attn":
+            context.keep(self.layer, "attn", x)
+            x = self.hook_resid_pre(x)
+            attn_out = self.attn(self.ln1(x), context.mask, context.queries)
+            x = self.hook_resid_mid(x[:, context.queries] + self.hook_attn_out(attn_out))
+        context.keep(self.layer, "mlp", x)
+        mlp_out = self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(x))))
+        return self.hook_resid_post(x + mlp_out)
+
+
+class PostNormBlock(nn.Module):
+    """BERT's block: each sum is normalized before the next part reads it and adds to it.
+
+    Source: BERT (arXiv 1810.04805), with the cross-attention of BLIP (arXiv 2201.12086) sec. 3.1
+    between self-attention and MLP.
+    """
+
+    PARTS: ClassVar[dict[str, Part]] = {
+        "cross_attn": "cross_attn",
+        "hook_cross_attn_out": "cross_attn",
+        "hook_resid_mid_cross": "cross_attn",
+        "ln_cross": "cross_attn",
+        "hook_normalized_resid_mid_cross": "cross_attn",
+        "hook_mlp_in": "mlp",
+        "mlp": "mlp",
+        "hook_mlp_out": "mlp",
+        "hook_resid_post": "mlp",
+        "ln2": "mlp",
+        "hook_normalized_resid_post": "mlp",
+    }
+
+    def __init__(self, cfg: TextConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.attn = SelfAttention(cfg)
+        self.ln1 = LayerNorm(cfg.d_model, cfg.eps)
+        self.cross_attn = CrossAttention(cfg, cfg.d_source)
+        self.ln_cross = LayerNorm(cfg.d_model, cfg.eps)
+        self.mlp = MLP(cfg)
+        self.ln2 = LayerNorm(cfg.d_model, cfg.eps)
+        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model], as all below
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_mid = HookPoint()
+        self.hook_normalized_resid_mid = HookPoint()
+        self.hook_cross_attn_out = HookPoint()
+        self.hook_resid_mid_cross = HookPoint()
+        self.hook_normalized_resid_mid_cross = HookPoint()
+        self.hook_mlp_in = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+        self.hook_normalized_resid_post = HookPoint()
+
+    def forward(self, x: Stream, context: Context, start: Part = "attn") -> Stream:
+        """Runs the block, or what of it comes from the part `start` on."""
+        if start == "attn":
+            context.keep(self.layer, "attn", x)
+            x = self.hook_resid_pre(x)
+            attn_out = self.attn(x, context.mask, context.queries, context.past, self.layer)
+            x = self.hook_resid_mid(x[:, context.queries] + self.hook_attn_out(attn_out))
+            x = self.hook_normalized_resid_mid(self.ln1(x))
+        if start != "mlp" and context.source is not None:
+            context.keep(self.layer, "cross_attn", x)
+            cross_out = self.hook_cross_attn_out(self.cross_attn(x, context.source, self.layer))
+            x = self.hook_resid_mid_cross(x + cross_out)
+            x = self.hook_normalized_resid_mid_cross(self.ln_cross(x))
+        context.keep(self.layer, "mlp", x)
+        mlp_out = self.hook_mlp_out(self.mlp(self.hook_mlp_in(x)))
+        return self.hook_normalized_resid_post(self.ln2(self.hook_resid_post(x + mlp_out)))

@@ -1,0 +1,32 @@
+"""Layer norm with its divisor and its normalized input in sight."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hooked_vlm.components.hook_point import HookPoint
+
+
+class LayerNorm(nn.Module):
+    """`(x - mean) / sqrt(var + eps) * weight + bias` over the last axis.
+
+    Source: arXiv 1607.06450. Fused unless somebody listens.
+    """
+
+    def __init__(self, d_model: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model))
+        self.hook_scale = HookPoint()  # [batch, pos, 1]
+        self.hook_normalized = HookPoint()  # [batch, pos, d_model]
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        if not (self.hook_scale.listening or self.hook_normalized.listening):
+            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        centred = x - x.mean(-1, keepdim=True)
+        scale = self.hook_scale((centred.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        return self.hook_normalized(centred / scale) * self.weight + self.bias

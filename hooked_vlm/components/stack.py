@@ -1,0 +1,268 @@
+"""Stacks of blocks: the image encoder and the BERT text stacks, with their embeddings."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformer_lens import FactoredMatrix
+from transformers.activations import ACT2FN
+
+from hooked_vlm.components.attention import Attention
+from hooked_vlm.components.blocks import Context, Door, PostNormBlock, PreNormBlock
+from hooked_vlm.components.embed import PatchEmbed, TokenEmbed
+from hooked_vlm.components.hook_point import HookPoint, listening
+from hooked_vlm.components.norm import LayerNorm
+from hooked_vlm.config import StackConfig, TextConfig, VisionConfig
+
+Block = TypeVar("Block", PreNormBlock, PostNormBlock)
+_HEAD_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O", "OV", "QK")
+
+
+class HeadWeights:
+    """Weights of one kind of attention over all blocks, with TransformerLens' names and shapes."""
+
+    def __init__(self, attentions: list[Attention]):
+        self._attentions = attentions
+
+    def _stacked(self, name: str) -> Tensor:
+        return torch.stack([getattr(attention, name) for attention in self._attentions])
+
+    @property
+    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
+        """Query weights."""
+        return self._stacked("W_Q")
+
+    @property
+    def W_K(self) -> Float[Tensor, "layer head d_source d_head"]:
+        """Key weights."""
+        return self._stacked("W_K")
+
+    @property
+    def W_V(self) -> Float[Tensor, "layer head d_source d_head"]:
+        """Value weights."""
+        return self._stacked("W_V")
+
+    @property
+    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
+        """Output weights."""
+        return self._stacked("W_O")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
+        """Query biases."""
+        return self._stacked("b_Q")
+
+    @property
+    def b_K(self) -> Float[Tensor, "layer head d_head"]:
+        """Key biases."""
+        return self._stacked("b_K")
+
+    @property
+    def b_V(self) -> Float[Tensor, "layer head d_head"]:
+        """Value biases."""
+        return self._stacked("b_V")
+
+    @property
+    def b_O(self) -> Float[Tensor, "layer d_model"]:
+        """Output biases."""
+        return self._stacked("b_O")
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """What a head moves from a key's position into the stream, `W_V W_O`."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """The bilinear form of a head's scores before the scale, `W_Q W_K^T`."""
+        return FactoredMatrix(self.W_Q, self.W_K.mT)
+
+
+class Stack(nn.Module, Generic[Block]):
+    """Embeddings, blocks and what follows the last block."""
+
+    cfg: StackConfig
+    blocks: nn.ModuleList
+    pre_norm: bool
+
+    def run(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        context: Context,
+        start: Door = (0, "attn"),
+        readout: slice = slice(None),
+    ) -> Float[Tensor, "batch readout d_model"]:
+        """Runs the blocks from the door `start` on.
+
+        Args:
+            x: the stream at that door.
+            context: what the blocks read besides it.
+            start: layer and part; the layer after the last means the door behind all blocks.
+            readout: the positions that are read of the output. A last block in which nobody
+                listens computes only those.
+        """
+        first, part = start
+        last = self.cfg.n_layers - 1
+        for layer in range(first, self.cfg.n_layers):
+            block = self.blocks[layer]
+            trim = layer == last != first and readout != slice(None) and not listening(block)
+            x = block(
+                x,
+                context.wanting(readout) if trim else context,
+                part if layer == first else "attn",
+            )
+        context.keep(self.cfg.n_layers, "attn", x)
+        return self.finish(x)
+
+    def embeddings(self, inputs: Tensor, *, grad: bool = False) -> Tensor:
+        """What block 0 reads; with `grad`, its summands require grad."""
+        raise NotImplementedError
+
+    def finish(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What follows the last block."""
+        return x
+
+    def head_weights(self, layer_type: str = "attn") -> HeadWeights:
+        """The weights of `attn` or `cross_attn` over all blocks, as `W_Q`, ..., `OV`, `QK`."""
+        found = [getattr(block, layer_type, None) for block in self.blocks]
+        attentions = [attention for attention in found if isinstance(attention, Attention)]
+        if not attentions:
+            raise ValueError(f"this stack has no {layer_type!r}; attention is 'attn'")
+        return HeadWeights(attentions)
+
+    def __getattr__(self, name: str) -> Any:
+        # W_Q ... b_O, OV and QK of self-attention, as on a TransformerLens model.
+        if name in _HEAD_WEIGHTS:
+            return getattr(self.head_weights(), name)
+        return super().__getattr__(name)
+
+    @property
+    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
+        """Input weights of the MLPs."""
+        return torch.stack([block.mlp.fc_in.weight.mT for block in self.blocks])
+
+    @property
+    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
+        """Output weights of the MLPs."""
+        return torch.stack([block.mlp.fc_out.weight.mT for block in self.blocks])
+
+
+class VisionStack(Stack[PreNormBlock]):
+    """A vision transformer: patches, learned positions, pre-norm blocks, a final norm.
+
+    Source: BLIP (arXiv 2201.12086) sec. 3.1; ViT (arXiv 2010.11929).
+    """
+
+    pre_norm = True
+
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = PatchEmbed(cfg)
+        self.pos_embed = nn.Parameter(torch.zeros(1, cfg.n_ctx, cfg.d_model))
+        self.blocks = nn.ModuleList([PreNormBlock(cfg, layer) for layer in range(cfg.n_layers)])
+        self.ln_final = LayerNorm(cfg.d_model, cfg.eps)
+        self.hook_embed = HookPoint()  # [batch, pos, d_model]
+        self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
+
+    def embeddings(
+        self, pixel_values: Float[Tensor, "batch 3 height width"], *, grad: bool = False
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Patches and class token, and their positions."""
+        embed = self.embed(pixel_values)
+        pos = self.pos_embed.expand(len(embed), -1, -1)
+        return self.hook_embed(_needing(embed, grad)) + self.hook_pos_embed(_needing(pos, grad))
+
+    def finish(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The final norm, of every position."""
+        return self.ln_final(x)
+
+
+class TextStack(Stack[PostNormBlock]):
+    """A BERT stack with cross-attention in every block.
+
+    Source: BLIP (arXiv 2201.12086) sec. 3.1, the 'mixture of encoder-decoder'.
+    """
+
+    pre_norm = False
+
+    def __init__(self, cfg: TextConfig):
+        super().__init__()
+        self.cfg: TextConfig = cfg
+        self.embed = TokenEmbed(cfg)
+        self.pos_embed = nn.Parameter(torch.zeros(cfg.n_ctx, cfg.d_model))
+        self.ln_embed = LayerNorm(cfg.d_model, cfg.eps)
+        self.blocks = nn.ModuleList([PostNormBlock(cfg, layer) for layer in range(cfg.n_layers)])
+        self.hook_embed = HookPoint()  # [batch, pos, d_model]
+        self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
+
+    def embeddings(
+        self, input_ids: Int[Tensor, "batch pos"], *, offset: int = 0, grad: bool = False
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Tokens and their positions, the first of which is `offset`, normalized."""
+        end = offset + input_ids.shape[1]
+        if end > self.cfg.n_ctx:
+            raise ValueError(
+                f"the text has {end} tokens, the position table {self.cfg.n_ctx} rows; shorten it"
+            )
+        embed = self.embed(input_ids)
+        pos = self.pos_embed[offset:end].expand(len(embed), -1, -1)
+        embed = self.hook_embed(_needing(embed, grad)) + self.hook_pos_embed(_needing(pos, grad))
+        return self.ln_embed(embed)
+
+    def visible(
+        self, input_ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None, offset: int = 0
+    ) -> Bool[Tensor, "_ 1 _ key"] | None:
+        """Which keys a query may see: those that are no padding and, if causal, not later.
+
+        Args:
+            input_ids: the new tokens.
+            attention_mask: [batch, offset + pos], 1 for a token and 0 for padding.
+            offset: how many positions came before.
+        """
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        if not self.cfg.causal:
+            return mask
+        end = offset + input_ids.shape[1]
+        at = torch.arange(end, device=input_ids.device)
+        causal = (at <= at[offset:, None])[None, None]
+        return causal if mask is None else mask & causal
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """Token embeddings."""
+        return self.embed.weight
+
+    @property
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        """Position embeddings."""
+        return self.pos_embed
+
+
+class Unembed(nn.Module):
+    """BERT's prediction head: dense, GELU, norm, and the tied token embeddings with a bias.
+
+    Source: BERT (arXiv 1810.04805) appendix A; BLIP's text decoder.
+    """
+
+    def __init__(self, cfg: TextConfig):
+        super().__init__()
+        self.dense = nn.Linear(cfg.d_model, cfg.d_model)
+        self.act = ACT2FN[cfg.activation]
+        self.ln = LayerNorm(cfg.d_model, cfg.eps)
+        self.out = nn.Linear(cfg.d_model, cfg.d_vocab)
+        self.hook_pre = HookPoint()  # [batch, pos, d_model]
+        self.hook_post = HookPoint()  # [batch, pos, d_model]
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        return self.out(self.ln(self.hook_post(self.act(self.hook_pre(self.dense(x))))))
+
+
+def _needing(x: Tensor, grad: bool) -> Tensor:
+    if grad and not x.requires_grad:
+        x = x.detach()
+        x.requires_grad_()
+    return x

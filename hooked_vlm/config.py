@@ -1,0 +1,124 @@
+"""Configurations: one frozen dataclass per kind of stack, one per model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Task = Literal["itm", "captioning", "vqa"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """Sizes of a stack of transformer blocks.
+
+    Attributes:
+        d_model: width of the residual stream.
+        n_layers: number of blocks that run.
+        n_heads: attention heads per block.
+        d_mlp: width of the MLP's hidden layer.
+        activation: name of the MLP's activation, as in `transformers.activations.ACT2FN`.
+        eps: constant under the root of every layer norm of the stack.
+    """
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_mlp: int
+    activation: str
+    eps: float
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; "
+                "pass the number of heads that the checkpoint was trained with"
+            )
+
+    @property
+    def d_head(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.n_heads
+
+    # What TransformerLens' ActivationCache asks of a model's configuration.
+    @property
+    def normalization_type(self) -> str:
+        """TransformerLens' word for a layer norm with its own gain and bias."""
+        return "LN"
+
+    @property
+    def attn_only(self) -> bool:
+        """Every block of the zoo has an MLP."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(StackConfig):
+    """A vision transformer over square images.
+
+    Attributes:
+        image_size: side of the image, in pixels.
+        patch_size: side of a patch, in pixels.
+    """
+
+    image_size: int
+    patch_size: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions: the patches and the class token."""
+        return self.grid**2 + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(StackConfig):
+    """A BERT stack whose blocks read another stack through cross-attention.
+
+    Attributes:
+        d_vocab: size of the vocabulary.
+        n_ctx: number of learned positions.
+        d_source: width of the stack that cross-attention reads.
+        causal: whether a position sees only itself and earlier ones.
+    """
+
+    d_vocab: int
+    n_ctx: int
+    d_source: int
+    causal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLIPConfig:
+    """A BLIP (arXiv 2201.12086) for one task.
+
+    Attributes:
+        task: `itm` (image-text retrieval), `captioning` or `vqa`.
+        vision: the image encoder.
+        text: the text encoder (`itm`), the question encoder (`vqa`), else None.
+        decoder: the caption or answer decoder, None for `itm`.
+        d_proj: width of the image-text similarity space (`itm`).
+        bos_token_id: first token of a decoded text, `[DEC]`.
+        sep_token_id: `[SEP]`, which ends a decoded text.
+        pad_token_id: `[PAD]`.
+    """
+
+    task: Task
+    vision: VisionConfig
+    text: TextConfig | None
+    decoder: TextConfig | None
+    d_proj: int = 256
+    bos_token_id: int = 30522
+    sep_token_id: int = 102
+    pad_token_id: int = 0

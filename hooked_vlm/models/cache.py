@@ -1,0 +1,151 @@
+"""Cached activations: TransformerLens' cache over all stacks, and its view of one of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import transformer_lens
+from torch import Tensor
+from transformer_lens.utilities import get_act_name
+
+from hooked_vlm.models.names import head_of
+
+if TYPE_CHECKING:
+    from hooked_vlm.components.stack import Stack
+    from hooked_vlm.models.base import HookedVLM
+
+
+class ActivationCache(transformer_lens.ActivationCache):
+    """Activations by hook name.
+
+    `cache["text.blocks.3.cross_attn.heads.5.hook_z"]` is a view of the module's entry where that
+    is there. The analysis methods of TransformerLens speak of one stack: they are on
+    `cache.stack("text")`.
+    """
+
+    def __init__(
+        self, cache_dict: dict[str, Tensor], model: HookedVLM, has_batch_dim: bool = True
+    ) -> None:
+        self.cache_dict = cache_dict
+        self.model: Any = model
+        self.has_batch_dim = has_batch_dim
+        self.has_embed = False
+        self.has_pos_embed = False
+
+    def __getitem__(self, key: Any) -> Tensor:
+        if key in self.cache_dict:
+            return self.cache_dict[key]
+        if not isinstance(key, str):
+            raise KeyError(
+                f"{key!r}: short names speak of one stack, use cache.stack('text')[{key!r}]"
+            )
+        stem = key.removesuffix("_grad")
+        of = head_of(stem)
+        whole = None if of is None else of[0] + key[len(stem) :]
+        if of is not None and whole in self.cache_dict:
+            axis = self.model.hook_dict[of[0]].head_axis
+            return self.cache_dict[whole].select(axis - (not self.has_batch_dim), of[1])
+        if stem in self.model.hook_dict:
+            raise KeyError(f"{key!r} was not cached; name it in names_filter")
+        raise KeyError(self.model.hook_dict.complaint(key))
+
+    def stack(self, name: str) -> StackCache:
+        """The entries of one stack under TransformerLens' names, with its analysis methods.
+
+        Raises:
+            KeyError: the model has no such stack.
+        """
+        return StackCache(self, name)
+
+
+class StackCache(transformer_lens.ActivationCache):
+    """One stack's entries, with the prefix gone: `cache.stack("text")["z", 3, "cross_attn"]`.
+
+    Three things are set right: what the final norm makes of a component includes its gain, the
+    embedding entry is what block 0 reads, and the layer type `cross_attn` is heeded. In post-norm
+    stacks a sum over layers is no decomposition of the output, and what rests on one refuses.
+    """
+
+    def __init__(self, cache: ActivationCache, name: str):
+        stacks = cache.model.stacks
+        if name not in stacks:
+            raise KeyError(f"no stack {name!r}; this model has {', '.join(stacks)}")
+        prefix = f"{name}."
+        self.name = name
+        self.cache_dict = {
+            key.removeprefix(prefix): value
+            for key, value in cache.items()
+            if key.startswith(prefix)
+        }
+        self.model: Any = stacks[name]
+        self.has_batch_dim = cache.has_batch_dim
+        self.has_embed = "hook_embed" in self.cache_dict
+        self.has_pos_embed = "hook_pos_embed" in self.cache_dict
+        self._whole = cache
+
+    def __getitem__(self, key: Any) -> Tensor:
+        if isinstance(key, tuple):
+            name, layer, layer_type = (*key, None, None)[:3]
+            if layer is not None and layer < 0:
+                layer += self.model.cfg.n_layers
+            short = get_act_name(name, layer, layer_type)
+            key = short.replace(".attn.", ".cross_attn.") if layer_type == "cross_attn" else short
+        elif isinstance(key, str) and key not in self.cache_dict and "hook_" not in key:
+            key = get_act_name(key)
+        return self.cache_dict[key] if key in self.cache_dict else self._whole[f"{self.name}.{key}"]
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise NotImplementedError(
+            f"{what} in {self.name!r}: its blocks are post-norm, each norm rescales the sum, so "
+            "contributions of layers do not add up to the output. Indexing, stack_activation, "
+            "stack_head_results and accumulated_resid(apply_ln=False) work"
+        )
+
+    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
+        """See TransformerLens; pre-norm stacks only."""
+        if not self.model.pre_norm:
+            self._refuse("decompose_resid")
+        return super().decompose_resid(*args, **kwargs)
+
+    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
+        """See TransformerLens; pre-norm stacks only."""
+        if not self.model.pre_norm:
+            self._refuse("get_full_resid_decomposition")
+        return super().get_full_resid_decomposition(*args, **kwargs)
+
+    def logit_lens(self, **kwargs: Any) -> Any:
+        """Refuses: no pre-norm stack of this model is followed by an unembedding."""
+        if not self.model.pre_norm:
+            self._refuse("logit_lens")
+        raise NotImplementedError(f"{self.name!r} has no unembedding to read its stream through")
+
+    def logit_attrs(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses: no pre-norm stack of this model is followed by an unembedding."""
+        if not self.model.pre_norm:
+            self._refuse("logit_attrs")
+        raise NotImplementedError(f"{self.name!r} has no unembedding to read its stream through")
+
+    def apply_ln_to_stack(
+        self,
+        residual_stack: Tensor,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """What the layer's norm makes of each component, gain included; pre-norm stacks only.
+
+        The components of a full decomposition plus the norm's bias sum to the norm's output.
+        """
+        if not self.model.pre_norm:
+            self._refuse("apply_ln")
+        scaled = super().apply_ln_to_stack(residual_stack, layer, mlp_input, *args, **kwargs)
+        final = layer is None or layer in (-1, self.model.cfg.n_layers)
+        if final and kwargs.get("recompute_ln", False):
+            return scaled  # went through the norm itself, bias and all
+        if final:
+            norm = self.model.ln_final
+        else:
+            block = self.model.blocks[layer]
+            norm = block.ln2 if mlp_input else block.ln1
+        return scaled * norm.weight

@@ -1,0 +1,189 @@
+"""Conversion tables: what each tensor of a released checkpoint is called here.
+
+A table is a list of rules and is read in both directions. In a pattern `{l}` stands for a number
+and `{p}` for `weight` or `bias`; in `ignore`, `*` stands for anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+_WILD = {"{l}": r"(?P<l>\d+)", "{p}": r"(?P<p>weight|bias)"}
+Shape = tuple[int, ...]
+
+
+class ConversionError(ValueError):
+    """A checkpoint that does not fit; the message names the tensors."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a table.
+
+    Attributes:
+        source: pattern of names in the checkpoint.
+        targets: patterns of our names; several where the tensor is cut along its first axis, none
+            where it is ignored or a copy.
+        same_as: for a copy, the source that it repeats.
+        because: why it is ignored.
+    """
+
+    source: str
+    targets: tuple[str, ...] = ()
+    same_as: str = ""
+    because: str = ""
+
+
+def rename(source: str, target: str) -> Rule:
+    """The same tensor under another name."""
+    return Rule(source, (target,))
+
+
+def split(source: str, targets: Sequence[str]) -> Rule:
+    """A tensor that is cut into equal parts along its first axis."""
+    return Rule(source, tuple(targets))
+
+
+def copy_of(source: str, original: str) -> Rule:
+    """A tied tensor: absent or equal to its original, never written."""
+    return Rule(source, same_as=original)
+
+
+def ignore(source: str, because: str) -> Rule:
+    """A tensor that the model does not need, and why."""
+    return Rule(source, because=because)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What becomes of one source tensor."""
+
+    source: str
+    targets: tuple[str, ...]
+
+    def apply(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The target tensors: the source itself, or views of it."""
+        return dict(zip(self.targets, tensor.chunk(len(self.targets)), strict=True))
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    parts = re.split(r"(\{[lp]\})", pattern)
+    return re.compile("".join(_WILD.get(part, re.escape(part)) for part in parts))
+
+
+def _fill(pattern: str, found: Mapping[str, str]) -> str:
+    for key, value in found.items():
+        pattern = pattern.replace(f"{{{key}}}", value)
+    return pattern
+
+
+def _find(rules: Iterable[Rule], name: str) -> tuple[Rule, dict[str, str]] | None:
+    for rule in rules:
+        if "*" in rule.source:
+            if fnmatchcase(name, rule.source):
+                return rule, {}
+        elif match := _regex(rule.source).fullmatch(name):
+            return rule, match.groupdict()
+    return None
+
+
+def plan(
+    sources: Mapping[str, Shape],
+    rules: Sequence[Rule],
+    targets: Mapping[str, Shape],
+    same: Callable[[str, str], bool] | None = None,
+) -> list[Step]:
+    """How to fill the targets, checked before anything is copied.
+
+    Args:
+        sources: shapes of the checkpoint's tensors.
+        rules: the table of its layout.
+        targets: shapes of the model's tensors.
+        same: whether two sources hold the same numbers, asked of tied tensors.
+
+    Raises:
+        ConversionError: a source that no rule names, a target that is filled never or twice, a
+            shape that does not fit, a copy that differs from its original.
+    """
+    steps: list[Step] = []
+    filled: dict[str, str] = {}
+    problems: list[str] = []
+    for name, shape in sources.items():
+        found = _find(rules, name)
+        if found is None:
+            problems.append(f"left over: {name!r} {list(shape)} has no place in this model")
+            continue
+        rule, wild = found
+        if rule.same_as:
+            if rule.same_as not in sources:
+                problems.append(f"missing: {rule.same_as!r}, of which {name!r} is a copy")
+            elif same is not None and not same(name, rule.same_as):
+                problems.append(f"{name!r} is tied to {rule.same_as!r} but holds other numbers")
+            continue
+        step = Step(name, tuple(_fill(target, wild) for target in rule.targets))
+        for target in step.targets:
+            part = (shape[0] // len(step.targets), *shape[1:]) if shape else shape
+            if target not in targets:
+                problems.append(f"left over: {name!r} would fill {target!r}, which is not there")
+            elif target in filled:
+                problems.append(f"{target!r} is filled by {filled[target]!r} and by {name!r}")
+            elif part != tuple(targets[target]):
+                problems.append(
+                    f"wrong shape: {name!r} is {list(shape)}, {target!r} needs "
+                    f"{list(targets[target])}"
+                    + (f" from each of {len(step.targets)} parts" if len(step.targets) > 1 else "")
+                )
+            filled[target] = name
+        if step.targets:
+            steps.append(step)
+    problems += [f"missing: nothing fills {name!r}" for name in targets if name not in filled]
+    if problems:
+        shown = "\n  ".join(problems[:8])
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ConversionError(f"the checkpoint does not fit the model:\n  {shown}{more}")
+    return steps
+
+
+def convert(
+    tensors: Mapping[str, Tensor], rules: Sequence[Rule], targets: Mapping[str, Shape]
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors under our names; views of them, no copies.
+
+    Raises:
+        ConversionError: as `plan`.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    steps = plan(shapes, rules, targets, lambda a, b: torch.equal(tensors[a], tensors[b]))
+    return {
+        target: part for step in steps for target, part in step.apply(tensors[step.source]).items()
+    }
+
+
+def revert(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
+    """Our tensors under the checkpoint's names, as the layout's own writer would hold them.
+
+    Raises:
+        ConversionError: a tensor that no rule names.
+    """
+    made: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for name in tensors:
+        for rule in rules:
+            match = rule.targets and _regex(rule.targets[0]).fullmatch(name)
+            if match:
+                wild = match.groupdict()
+                parts = [_fill(target, wild) for target in rule.targets]
+                used.update(parts)
+                whole = [tensors[part] for part in parts]
+                made[_fill(rule.source, wild)] = torch.cat(whole) if len(whole) > 1 else whole[0]
+                break
+    lost = [name for name in tensors if name not in used]
+    if lost:
+        raise ConversionError(f"no rule writes {', '.join(map(repr, lost[:8]))}")
+    return made
