@@ -20,6 +20,7 @@ from hooked_vlm.config import BLIPConfig
 from hooked_vlm.hub import Located
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.flow import Flow
+from hooked_vlm.models.generation import Decoder
 from hooked_vlm.models.inputs import load_processor, processor_for_file
 from weights_conversion import Checkpoint, InMemory
 from weights_conversion import blip as layout
@@ -164,13 +165,7 @@ class HookedBLIP(HookedVLM):
         if self.task == "captioning":
             states = self._decode(flow, "vision", input_ids, attention_mask)
             return self.hook_logits(self.unembed(states))
-        text = flow.stack(
-            "text",
-            input_ids,
-            mask=self.text.visible(input_ids, attention_mask),
-            source="vision",
-            readout=slice(0, 1) if self.task == "itm" else slice(None),
-        )
+        text = self._ask(flow, input_ids, attention_mask)
         if self.task == "itm":
             return self.hook_logits(self.itm_head(text[:, 0]))
         if decoder_input_ids is None:
@@ -183,6 +178,15 @@ class HookedBLIP(HookedVLM):
 
     def _see(self, flow: Flow, pixel_values: Tensor) -> Tensor:
         return flow.stack("vision", pixel_values, after=self.hook_image_embeds)
+
+    def _ask(self, flow: Flow, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return flow.stack(
+            "text",
+            input_ids,
+            mask=self.text.visible(input_ids, attention_mask),
+            source="vision",
+            readout=slice(0, 1) if self.task == "itm" else slice(None),
+        )
 
     def _decode(
         self,
@@ -232,6 +236,60 @@ class HookedBLIP(HookedVLM):
         """
         images = self.get_image_features(pixel_values)
         return images @ self.get_text_features(input_ids, attention_mask).mT
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Float[Tensor, "images 3 height width"],
+        input_ids: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        **generation: Any,
+    ) -> Any:
+        """Captions or answers, by `transformers.GenerationMixin.generate`; hooks fire every step.
+
+        In cached steps hooks see the new positions only, and `hook.ctx["positions"]` holds their
+        absolute indices. Keys and values of what cross-attention reads are made once.
+
+        Args:
+            pixel_values: images, from `prepare`.
+            input_ids: the question (`vqa`), or the words that the caption begins with: its first
+                token becomes `[DEC]` and its last, `[SEP]`, is dropped.
+            attention_mask: 1 for a token, 0 for padding.
+            **generation: `max_new_tokens`, `num_beams`, `do_sample`, ... as in transformers.
+
+        Returns:
+            What transformers returns: ids, [batch, pos], that begin with `[DEC]`.
+
+        Raises:
+            ValueError: an itm checkpoint, which writes no text.
+        """
+        if self.cfg.decoder is None:
+            raise ValueError("an itm checkpoint writes no text; open a captioning or vqa one")
+        flow = Flow(self.stacks)
+        states = self._see(flow, pixel_values)
+        states_mask = None
+        special = {
+            "bos_token_id": self.cfg.bos_token_id,
+            "sep_token_id": self.cfg.sep_token_id,
+            "pad_token_id": self.cfg.pad_token_id,
+            "eos_token_id": self.cfg.sep_token_id,
+        }
+        if self.task == "vqa":
+            if input_ids is None:
+                raise ValueError("input_ids, the question, is missing")
+            states = self._ask(flow, input_ids, attention_mask)
+            states_mask = None if attention_mask is None else attention_mask.bool()
+            attention_mask = None
+        elif input_ids is not None:
+            self._check_text("input_ids", input_ids, attention_mask)
+            attention_mask = None if attention_mask is None else attention_mask[:, :-1]
+        prompt = torch.full((len(states), 1), self.cfg.bos_token_id, device=states.device)
+        if self.task == "captioning" and input_ids is not None:
+            prompt = torch.cat([prompt.expand(len(input_ids), 1), input_ids[:, 1:-1]], dim=1)
+        decoder = Decoder(
+            self.decoder, self.unembed, self.hook_logits, states, states_mask, special
+        )
+        return decoder.generate(input_ids=prompt, attention_mask=attention_mask, **generation)
 
     def _need_itm(self, what: str) -> None:
         if self.task != "itm":
