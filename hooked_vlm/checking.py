@@ -1,0 +1,130 @@
+"""Parity on the user's own weights: logits and activations held against transformers."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from hooked_vlm.data import shapes
+from hooked_vlm.hub import locate
+from hooked_vlm.models.base import HookedVLM
+from weights_conversion.blip_hf import ARCHITECTURES
+
+# Largest error that rounding explains, over the tensor's largest value (at least 1).
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+
+# What transformers' modules give, and what we call it: module, which of its outputs, hook name.
+EXPOSED: list[tuple[str, int | None, str]] = [
+    (r"vision_model\.encoder\.layers\.(\d+)", None, "vision.blocks.{}.hook_resid_post"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn", 1, "vision.blocks.{}.attn.hook_pattern"),
+    (r"vision_model\.post_layernorm", None, "hook_image_embeds"),
+] + [
+    (rf"{theirs}\.encoder\.layer\.(\d+){module}", output, f"{ours}.blocks.{{}}.{name}")
+    for theirs, ours in (("text_encoder", "text"), (r"text_decoder\.bert", "decoder"))
+    for module, output, name in (
+        ("", None, "hook_normalized_resid_post"),
+        (r"\.attention\.self", 1, "attn.hook_pattern"),
+        (r"\.crossattention\.self", 1, "cross_attn.hook_pattern"),
+        (r"\.attention\.output\.dense", None, "hook_attn_out"),
+        (r"\.crossattention\.output\.dense", None, "hook_cross_attn_out"),
+        (r"\.output\.dense", None, "hook_mlp_out"),
+    )
+]
+
+
+def reference(model: HookedVLM, name: str, revision: str | None) -> Any:
+    """The same weights in transformers; of a file that it cannot read, as we save them."""
+    kind = getattr(transformers, ARCHITECTURES[model.cfg.task])
+    source = locate(name, revision=revision).processor
+    with tempfile.TemporaryDirectory() as folder:
+        if source is None:
+            model.save_pretrained(folder)
+            source = folder
+        hf = kind.from_pretrained(source, revision=revision, dtype=model.dtype)
+    return hf.to(model.device).eval()
+
+
+def activations(hf: nn.Module, run: Callable[[], Any]) -> tuple[dict[str, Tensor], Any]:
+    """What transformers' modules give in one run, under our names, and the run's own result."""
+    found: dict[str, Tensor] = {}
+
+    def record(name: str, output: int | None) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, result: Any) -> None:
+            # The vision tower's last norm runs a second time, on what nobody reads.
+            found.setdefault(name, result if output is None else result[output])
+
+        return hook
+
+    handles = []
+    for path, module in hf.named_modules():
+        for pattern, output, name in EXPOSED:
+            if match := re.fullmatch(pattern, path):
+                handles.append(
+                    module.register_forward_hook(record(name.format(*match.groups()), output))
+                )
+    try:
+        result = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found, result
+
+
+@torch.no_grad()
+def check(model: HookedVLM, name: str, *, revision: str | None = None) -> bool:
+    """Prints the worst error per stack, and says whether rounding explains it.
+
+    Args:
+        model: the model.
+        name: what it was opened by.
+        revision: of a Hub name.
+    """
+    hf = reference(model, name, revision)
+    scene = shapes.scenes(1, seed=0)[0]
+    text = scene.questions()[0].text if model.task == "vqa" else scene.caption()
+    inputs = dict(model.prepare(scene.image(384), text))
+    theirs = dict(inputs)
+    heads: list[Tensor] = []
+    if model.task == "vqa":
+        start = torch.full((1, 1), model.cfg.bos_token_id, device=model.device)
+        inputs["decoder_input_ids"] = theirs["decoder_input_ids"] = start
+        hf.text_decoder.cls.register_forward_hook(lambda *given: heads.append(given[2]))
+    expected, result = activations(hf, lambda: hf(**theirs))
+    expected["hook_logits"] = (
+        result.itm_score if model.task == "itm" else heads[0] if heads else result.logits
+    )
+    _, cache = model.run_with_cache(**inputs, names_filter=list(expected))
+    worst: dict[str, tuple[float, str]] = {}
+    counts: dict[str, int] = {}
+    for point, value in expected.items():
+        stack = model.stack_of(point) if point != "hook_logits" else "logits"
+        size = max(1.0, float(value.abs().max()))
+        error = float((cache[point].double() - value.double()).abs().max()) / size
+        worst[stack] = max(worst.get(stack, (0.0, point)), (error, point))
+        counts[stack] = counts.get(stack, 0) + 1
+    tolerance = TOLERANCE[model.dtype]
+    table = Table(title=f"{name}: against transformers {transformers.__version__}, {model.dtype}")
+    for column in ("stack", "tensors", "worst error", "at", ""):
+        table.add_column(column)
+    for stack, (error, point) in worst.items():
+        verdict = "[green]equal[/]" if error <= tolerance else "[red]differs[/]"
+        table.add_row(stack, str(counts[stack]), f"{error:.1e}", point, verdict)
+    Console().print(table)
+    fine = all(error <= tolerance for error, _ in worst.values())
+    Console().print(
+        f"relative to each tensor's largest value (at least 1); up to {tolerance:.0e} is rounding"
+    )
+    return fine

@@ -1,0 +1,153 @@
+"""The command line: `hooked-vlm patch`, `hooked-vlm check`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="hooked-vlm",
+    help="Hooked vision-language models: cache, patch and ablate every head.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+class Direction(str, Enum):
+    """Which run is patched into which."""
+
+    denoise = "denoise"
+    noise = "noise"
+
+
+class FirstToken(str, Enum):
+    """What stands in front of a text."""
+
+    cls = "cls"
+    enc = "enc"
+
+
+Model = Annotated[str, typer.Option(help="A packaged toy, a folder, a .pth, or a Hub name.")]
+Revision = Annotated[str | None, typer.Option(help="Of a Hub name.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
+DType = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; as released by default.")]
+Processor = Annotated[str | None, typer.Option(help="Where a bare .pth gets its tokenizer.")]
+Task = Annotated[str | None, typer.Option(help="itm, captioning or vqa, if a file serves several.")]
+
+
+@app.callback()
+def _commands() -> None:
+    pass
+
+
+@app.command()
+def patch(
+    model: Model = "toy-blip-itm",
+    image: Annotated[Path | None, typer.Option(help="The clean image.")] = None,
+    text: Annotated[str | None, typer.Option(help="The clean text.")] = None,
+    corrupt_image: Annotated[Path | None, typer.Option(help="The corrupt image.")] = None,
+    corrupt_text: Annotated[str | None, typer.Option(help="The corrupt text.")] = None,
+    answer: Annotated[str | None, typer.Option(help="The clean input's answer.")] = None,
+    foil: Annotated[str | None, typer.Option(help="The corrupt input's answer.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A CSV or JSONL of many pairs.")] = None,
+    sites: Annotated[
+        list[str] | None, typer.Option(help="Hook names or globs; by default all cross heads.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="itm_margin, logit_diff, prob or log_prob.")
+    ] = None,
+    direction: Annotated[Direction, typer.Option(help="Which run is patched.")] = Direction.denoise,
+    first_token: Annotated[
+        FirstToken, typer.Option(help="[CLS] as in transformers, [ENC] as in BLIP's training.")
+    ] = FirstToken.cls,
+    out: Annotated[Path, typer.Option(help="A folder for pictures and tables.")] = Path("patch"),
+    top: Annotated[int, typer.Option(help="Rows of the table.")] = 10,
+    seed: Annotated[int, typer.Option(help="Which pair of the shapes world, if none is given.")] = 0,
+    task: Task = None,
+    processor: Processor = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Patch every site from the clean into the corrupt run, and draw what each restores."""
+    from hooked_vlm import report
+    from hooked_vlm.data import Pair, read_pairs, shapes_pairs
+
+    try:
+        opened = _open(model, task, processor, revision, device, dtype)
+        if data is not None:
+            pairs = read_pairs(data)
+        elif image is not None:
+            pairs = [Pair(image, text, corrupt_image, corrupt_text, answer, foil, image.name)]
+        elif any(given is not None for given in (text, corrupt_image, corrupt_text)):
+            raise ValueError("--image is missing: the clean image")
+        else:
+            pairs = shapes_pairs(1, seed, opened.task, "relation", size=192)
+        report.patch(
+            opened,
+            pairs,
+            sites or report.default_sites(opened),
+            metric=metric,
+            direction=direction.value,
+            first_token=first_token.value,
+            out=out,
+            top=top,
+        )
+    except (ValueError, KeyError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def check(
+    model: Model = "toy-blip-itm",
+    revision: Revision = None,
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Compare logits and activations with transformers, on this machine, on these weights."""
+    from hooked_vlm import checking
+
+    try:
+        opened = _open(model, None, None, revision, device, dtype)
+        fine = checking.check(opened, model, revision=revision)
+    except (ValueError, KeyError, OSError) as error:
+        _fail(error)
+    if not fine:
+        raise typer.Exit(1)
+
+
+def _open(
+    name: str,
+    task: str | None,
+    processor: str | None,
+    revision: str | None,
+    device: str | None,
+    dtype: str | None,
+) -> Any:
+    import torch
+
+    from hooked_vlm import HookedBLIP
+
+    kind = None
+    if dtype is not None:
+        kind = getattr(torch, dtype, None)
+        if not isinstance(kind, torch.dtype):
+            raise ValueError(f"--dtype {dtype!r} is none of torch's, such as float32 or bfloat16")
+    return HookedBLIP.from_pretrained(
+        name, revision=revision, dtype=kind, device=device, task=task, processor=processor
+    )
+
+
+def _fail(error: Exception) -> None:
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error
+    typer.secho(f"error: {said}", fg="red", err=True)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    """What `hooked-vlm` runs."""
+    app()

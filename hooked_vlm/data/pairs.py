@@ -1,0 +1,177 @@
+"""Pairs of a clean and a corrupt input, and the answers that tell them apart."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from hooked_vlm.data import shapes
+
+ImageLike = Image.Image | str | Path
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A clean and a corrupt input that differ in the image, the text, or both.
+
+    Attributes:
+        image: the clean image, or a path.
+        text: the clean text; None for a caption from nothing.
+        corrupt_image: the corrupt image; None for the clean one.
+        corrupt_text: the corrupt text; None for the clean one.
+        answer: the clean input's answer, one token; None where the metric needs none.
+        foil: the corrupt input's answer, one token.
+        name: what results call the pair.
+
+    Raises:
+        ValueError: a corrupt input that is not there or is the clean one.
+    """
+
+    image: ImageLike
+    text: str | None
+    corrupt_image: ImageLike | None = None
+    corrupt_text: str | None = None
+    answer: str | None = None
+    foil: str | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        same_image = self.corrupt_image is None or self.corrupt_image is self.image
+        if same_image and self.corrupt_text in (None, self.text):
+            raise ValueError(
+                f"pair {self.name!r}: the corrupt input is the clean one; give a corrupt_image or "
+                "a corrupt_text that differs"
+            )
+
+    @property
+    def images(self) -> list[ImageLike]:
+        """The images, clean first; one where both inputs share it."""
+        if self.corrupt_image is None or self.corrupt_image is self.image:
+            return [self.image]
+        return [self.image, self.corrupt_image]
+
+    @property
+    def texts(self) -> list[str] | None:
+        """The texts, clean first; None where there are none."""
+        if self.text is None:
+            return None
+        return [self.text, self.text if self.corrupt_text is None else self.corrupt_text]
+
+
+COLUMNS = tuple(field.name for field in fields(Pair))
+
+
+def read_pairs(file: str | Path) -> list[Pair]:
+    """Pairs from a CSV or JSONL file, one per line.
+
+    Args:
+        file: columns, or keys, are the fields of `Pair`; `image` and `text` are required. Paths
+            of images are relative to the file.
+
+    Raises:
+        ValueError: a file of another kind, an unknown or missing column, a line that is no pair,
+            or an image that is not there; the message names the line.
+    """
+    file = Path(file)
+    pairs = []
+    for number, row in _rows(file):
+        where = f"{file}, line {number}"
+        if unknown := set(row) - set(COLUMNS):
+            raise ValueError(f"{where}: no field {sorted(map(str, unknown))}; known are {COLUMNS}")
+        values: dict[str, Any] = {key: value for key, value in row.items() if value not in ("", None)}
+        if missing := {"image", "text"} - set(values):
+            raise ValueError(f"{where}: {' and '.join(sorted(missing))} missing")
+        for key in ("image", "corrupt_image"):
+            if key in values:
+                values[key] = file.parent / str(values[key])
+                if not values[key].is_file():
+                    raise ValueError(f"{where}: {key} {str(values[key])!r} is not there")
+        try:
+            pairs.append(Pair(**{"name": str(number), **values}))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if not pairs:
+        raise ValueError(f"{file} holds no pairs")
+    return pairs
+
+
+def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if file.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"{file} is neither .csv nor .jsonl")
+    with file.open(newline="", encoding="utf-8") as lines:
+        if file.suffix == ".csv":
+            yield from enumerate(csv.DictReader(lines), start=2)
+            return
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{file}, line {number}: no JSON: {error}") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{file}, line {number}: no JSON object")
+                yield number, row
+
+
+def shapes_pairs(
+    n: int,
+    seed: int,
+    task: str,
+    attribute: str | None = None,
+    corrupt: Literal["image", "text"] = "image",
+    size: int = 48,
+) -> list[Pair]:
+    """Pairs of held-out scenes of the shapes world, in the form of a task.
+
+    Args:
+        n: how many.
+        seed: the same seed gives the same pairs.
+        task: `itm`: the scene's caption; `vqa`: a question that the scene and its variant answer
+            differently; `captioning`: the caption up to the word that differs.
+        attribute: `color`, `shape` or `relation`, what the variant changes; None goes round all
+            three.
+        corrupt: what is corrupt: the `image`, which shows the variant, or (`itm`) the `text`,
+            which is the variant's caption.
+        size: side of the images, in pixels.
+
+    Raises:
+        ValueError: an unknown task, a corruption it does not have, or what
+            `shapes.minimal_pairs` raises.
+    """
+    if corrupt not in ("image", "text") or (corrupt == "text" and task != "itm"):
+        raise ValueError(f"corrupt is 'image', or 'text' for task 'itm', not {corrupt!r}")
+    if task not in ("itm", "vqa", "captioning"):
+        raise ValueError(f"task is 'itm', 'vqa' or 'captioning', not {task!r}")
+    made = []
+    for index, scenes in enumerate(shapes.minimal_pairs(n, seed, attribute)):
+        clean, other = scenes.clean, scenes.corrupt
+        answer, foil = scenes.words
+        text, corrupt_text, corrupt_image = clean.caption(), None, other.image(size)
+        if task == "vqa":
+            text, answer, foil = _question(scenes)
+        elif task == "captioning":
+            text = text.split(f" {answer}")[0]
+        elif corrupt == "text":
+            corrupt_text, corrupt_image = other.caption(), None
+        name = f"{index}: {scenes.attribute}"
+        made.append(
+            Pair(clean.image(size), text, corrupt_image, corrupt_text, answer, foil, name)
+        )
+    return made
+
+
+def _question(scenes: shapes.MinimalPair) -> tuple[str, str, str]:
+    """The first two-option question about the attribute that the two scenes answer differently."""
+    theirs = {question.text: question.answer for question in scenes.corrupt.questions()}
+    for question in scenes.clean.questions():
+        other = theirs.get(question.text, question.answer)
+        if question.attribute == scenes.attribute and other != question.answer:
+            if question.foil in (None, other):
+                return question.text, question.answer, other
+    raise ValueError(f"no question tells the scenes of a {scenes.attribute!r} pair apart")

@@ -1,0 +1,110 @@
+"""Metrics: one number per row, from the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hooked_vlm.data import Pair
+    from hooked_vlm.models.base import HookedVLM
+
+Token = str | int | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A function of logits; `metric(model(**inputs))` is one number per row.
+
+    Attributes:
+        name: what results call it.
+        of: from logits, [batch, 2] or [batch, d_vocab] of the last position, and the token ids of
+            answer and foil, to [batch].
+        answer: the answer; None to take each pair's own.
+        foil: the foil; None to take each pair's own.
+        needs: which of the two it reads.
+    """
+
+    name: str
+    of: Callable[[Tensor, Any, Any], Tensor]
+    answer: Token = None
+    foil: Token = None
+    needs: tuple[str, ...] = ()
+
+    def bind(self, model: HookedVLM, pair: Pair) -> Metric:
+        """The metric with the ids of the pair's answer and foil, where it has none of its own.
+
+        Raises:
+            ValueError: one is missing, or is not a single token.
+        """
+        ids = {}
+        for field in self.needs:
+            token = getattr(self, field)
+            token = getattr(pair, field) if token is None else token
+            if token is None:
+                raise ValueError(f"{self.name} needs the {field} of pair {pair.name!r}: give one")
+            ids[field] = token if isinstance(token, int) else model.to_single_token(token)
+        return replace(self, **ids)
+
+    def __call__(self, logits: Float[Tensor, "batch *pos d_out"]) -> Float[Tensor, " batch"]:
+        """The metric of each row, of the last position where there are several.
+
+        Raises:
+            ValueError: answer or foil are words yet; `bind` makes ids of them.
+        """
+        for field in self.needs:
+            if not isinstance(getattr(self, field), int):
+                raise ValueError(
+                    f"{self.name} needs the token id of its {field}; "
+                    f"model.to_single_token({getattr(self, field)!r}) is one"
+                )
+        return self.of(logits[:, -1] if logits.dim() == 3 else logits, self.answer, self.foil)
+
+
+def itm_margin() -> Metric:
+    """Logit of 'match' minus logit of 'no match'."""
+
+    def margin(logits: Tensor, answer: Any, foil: Any) -> Tensor:
+        if logits.shape[-1] != 2:
+            raise ValueError(f"itm_margin reads two logits, not {logits.shape[-1]}")
+        return logits[:, 1] - logits[:, 0]
+
+    return Metric("itm_margin", margin)
+
+
+def logit_diff(answer: Token = None, foil: Token = None) -> Metric:
+    """Logit of the answer minus logit of the foil; each pair's own by default."""
+    return Metric("logit_diff", lambda x, a, f: x[:, a] - x[:, f], answer, foil, ("answer", "foil"))
+
+
+def prob(answer: Token = None) -> Metric:
+    """Probability of the answer; each pair's own by default."""
+    return Metric("prob", lambda x, a, _: x.softmax(-1)[:, a], answer, needs=("answer",))
+
+
+def log_prob(answer: Token = None) -> Metric:
+    """Log probability of the answer, in nats; each pair's own by default."""
+    return Metric("log_prob", lambda x, a, _: x.log_softmax(-1)[:, a], answer, needs=("answer",))
+
+
+METRICS: dict[str, Callable[[], Metric]] = {
+    "itm_margin": itm_margin,
+    "logit_diff": logit_diff,
+    "prob": prob,
+    "log_prob": log_prob,
+}
+
+
+def default_metric(model: HookedVLM) -> Metric:
+    """`itm_margin` where the model says match or no match, else `logit_diff`."""
+    return itm_margin() if model.task == "itm" else logit_diff()
+
+
+def as_numbers(values: Tensor) -> list[float]:
+    """A metric's values, as Python numbers."""
+    return [float(value) for value in values.to(torch.float64)]

@@ -1,0 +1,5 @@
+"""Pictures of results and of attention; they know no model."""
+
+from hooked_vlm.plots.figures import attention_map, heatmap
+
+__all__ = ["attention_map", "heatmap"]

@@ -1,0 +1,115 @@
+"""What `hooked-vlm patch` shows: a table, a heat map, the strongest head's attention."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from hooked_vlm import patching as P
+from hooked_vlm.data import Pair
+from hooked_vlm.models.base import HookedVLM
+from hooked_vlm.models.inputs import open_images
+from hooked_vlm.models.names import Site
+from hooked_vlm.patching.sweep import Direction
+from hooked_vlm.plots import attention_map
+
+
+def default_sites(model: HookedVLM) -> str:
+    """Every cross-attention head of the stack that reads the image."""
+    return f"{_reader(model)}.blocks.*.cross_attn.heads.*.hook_z"
+
+
+def _reader(model: HookedVLM) -> str:
+    return next(name for name in model.stacks if name != "vision")
+
+
+def patch(
+    model: HookedVLM,
+    pairs: list[Pair],
+    sites: str | Sequence[str],
+    *,
+    metric: str | None,
+    direction: Direction,
+    first_token: str,
+    out: Path,
+    top: int,
+) -> P.PatchingResult:
+    """Runs the sweep, prints its strongest sites, and writes pictures and tables.
+
+    Args:
+        model: the model.
+        pairs: what to patch between.
+        sites: hook names or globs.
+        metric: one of `patching.METRICS`; None for the task's own.
+        direction: `denoise` or `noise`.
+        first_token: as in `HookedVLM.prepare`.
+        out: a folder for `heatmap.png`, `attention.png`, `result.csv` and `provenance.json`.
+        top: rows of the table.
+
+    Raises:
+        ValueError: an unknown metric, or what `patching.activation_patching` raises.
+    """
+    if metric is not None and metric not in P.METRICS:
+        raise ValueError(f"--metric {metric!r} is none of {', '.join(P.METRICS)}")
+    measured = P.METRICS[metric]() if metric else None
+    swept = {"metric": measured, "direction": direction, "first_token": first_token}
+    result = P.activation_patching(model, pairs, sites, **swept)
+    console = Console()
+    console.print(_table(result, top))
+    out.mkdir(parents=True, exist_ok=True)
+    written = {"heatmap.png": result.plot()}
+    strongest = result.top(1)[0]
+    looked = _attention(model, pairs[0], strongest, swept)
+    if looked is not None:
+        written["attention.png"] = looked
+    for name, figure in written.items():
+        figure.savefig(out / name, dpi=150)
+    result.to_dataframe().to_csv(out / "result.csv", index=False)
+    (out / "provenance.json").write_text(json.dumps(result.provenance, indent=2) + "\n")
+    names = (*written, "result.csv", "provenance.json")
+    console.print("wrote", ", ".join(str(out / name) for name in names), soft_wrap=True)
+    return result
+
+
+def _table(result: P.PatchingResult, top: int) -> Table:
+    how, metric = result.provenance["direction"], result.provenance["metric"]
+    clean, corrupt = float(result.clean.mean()), float(result.corrupt.mean())
+    table = Table(
+        title=f"{metric}: clean {clean:.3f}, corrupt {corrupt:.3f} ({len(result.clean)} pairs)"
+    )
+    table.add_column("site", no_wrap=True)
+    table.add_column(metric, justify="right")
+    table.add_column("restored" if how == "denoise" else "destroyed", justify="right")
+    data = result.data.mean("pair").values.reshape(len(result.sites), -1)
+    share = result.flat().values.reshape(len(result.sites), -1)
+    for site in result.top(top):
+        index = result.sites.index(site)
+        table.add_row(site.name, f"{data[index].max():.3f}", f"{share[index].max():+.3f}")
+    return table
+
+
+def _attention(model: HookedVLM, pair: Pair, site: Site, swept: dict[str, object]) -> object:
+    """The strongest head's attention from the token where its patch restores the most."""
+    if site.head is None or not site.component.startswith("cross_attn.") or site.stack != _reader(model):
+        return None
+    z = f"{site.stack}.blocks.{site.layer}.cross_attn.heads.{site.head}.hook_z"
+    each = P.activation_patching(model, pair, z, positions="each", progress=False, **swept)
+    position = int(np.nanargmax(each.restored.values.reshape(-1)))
+    inputs = model.prepare_prompt(pair.images, pair.texts, first_token=swept["first_token"])
+    pattern = z.replace("hook_z", "hook_pattern")
+    _, cache = model.run_with_cache(**inputs, names_filter=pattern)
+    weights = cache[pattern][0, position].float().cpu().numpy()
+    grid = model.cfg.vision.grid
+    token = model.to_str_tokens(inputs["input_ids"][0])[position]
+    head = f"layer {site.layer}, cross-attention head {site.head}, from token {position} {token!r}"
+    return attention_map(
+        open_images(pair.image)[0],
+        weights[1:].reshape(grid, grid),
+        title=f"{head} of {pair.text!r}",
+        weight_off_grid=float(weights[0]),
+    )
