@@ -1,0 +1,35 @@
+"""The packaged toys: small checkpoints, trained on the shapes world, in the released layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+
+
+def names() -> tuple[str, ...]:
+    """Names of the packaged toys, sorted.
+
+    Example:
+        >>> "toy-blip-itm" in names()
+        True
+    """
+    return tuple(sorted(config.parent.name for config in _HERE.glob("*/config.json")))
+
+
+def path(name: str) -> Path:
+    """The folder of a packaged toy.
+
+    Args:
+        name: One of ``names()``.
+
+    Raises:
+        KeyError: For any other name; the message lists the known ones.
+
+    Example:
+        >>> (path("toy-blip-itm") / "model.safetensors").is_file()
+        True
+    """
+    if name not in names():
+        raise KeyError(f"no toy {name!r}; the packaged toys are {', '.join(names())}")
+    return _HERE / name
