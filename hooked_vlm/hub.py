@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from hooked_vlm import toys
-from weights_conversion.files import shards
+from weights_conversion.files import shard_names
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -25,12 +25,14 @@ class Located:
         files: the files that hold the tensors.
         config: its `config.json`, None for a bare file.
         processor: what the processor's loaders take: a folder or a Hub name; None for a bare file.
+        revision: the commit of a Hub checkpoint, else None.
     """
 
     name: str
     files: list[Path]
     config: Path | None
     processor: str | None
+    revision: str | None = None
 
 
 def locate(name_or_path: str | Path, **download: Any) -> Located:
@@ -38,14 +40,15 @@ def locate(name_or_path: str | Path, **download: Any) -> Located:
 
     Args:
         name_or_path: a toy's name, a folder, a file, or a name on the Hub.
-        **download: `revision`, `cache_dir`, `token`, `local_files_only`, as in transformers.
+        **download: `revision`, `cache_dir`, `token`, `local_files_only`, as in huggingface_hub.
 
     Raises:
         FileNotFoundError: neither a toy nor a path nor reachable on the Hub; or a folder without
             weights or configuration.
+        weights_conversion.ConversionError: an index of shards that is none.
     """
     name = str(name_or_path)
-    path = Path(toys.path(name)) if name in toys.names() else Path(name)
+    path = Path(toys.path(name)) if name in toys.names() else Path(name).expanduser()
     if path.is_file():
         return Located(name, [path], None, None)
     if path.is_dir():
@@ -56,32 +59,48 @@ def locate(name_or_path: str | Path, **download: Any) -> Located:
 
 
 def _folder(name: str, path: Path) -> Located:
-    config = path / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{path} has no config.json; it is no checkpoint of transformers")
-    for weights in WEIGHTS:
-        if (path / weights).is_file():
-            return Located(name, [path / weights], config, str(path))
-        if (path / f"{weights}.index.json").is_file():
-            return Located(name, shards(path / f"{weights}.index.json"), config, str(path))
-    raise FileNotFoundError(f"{path} has no {' and no '.join(WEIGHTS)}, whole or in shards")
+    def find(file: str) -> Path | None:
+        return path / file if (path / file).is_file() else None
 
-
-def _hub(name: str, download: Mapping[str, Any]) -> Located:
-    def fetch(file: str) -> str | None:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **download)
-
-    try:
-        config = cached_file(name, "config.json", **download)
-        for weights in WEIGHTS:
-            if (file := fetch(weights)) is not None:
-                return Located(name, [Path(file)], Path(config), name)
-            if (index := fetch(f"{weights}.index.json")) is not None:
-                files, _ = get_checkpoint_shard_files(name, index, **download)
-                return Located(name, [Path(file) for file in files], Path(config), name)
-    except OSError as error:
+    config = find("config.json")
+    if config is None:
         raise FileNotFoundError(
-            f"{name!r} is no packaged toy ({', '.join(toys.names())}), no folder or file here, and "
-            f"the Hub gave nothing: {error}"
-        ) from error
-    raise FileNotFoundError(f"{name!r} on the Hub has no {' and no '.join(WEIGHTS)}")
+            f"{path} has no config.json, so it is no checkpoint's folder; name the folder that "
+            "holds it, or a released .pth file"
+        )
+    return Located(name, _weights(str(path), find), config, str(path))
+
+
+def _hub(name: str, download: dict[str, Any]) -> Located:
+    def fetch(file: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(name, file, **download))
+        except (EntryNotFoundError, HFValidationError, OSError) as error:
+            if isinstance(error, EntryNotFoundError) and file != "config.json":
+                return None
+            raise FileNotFoundError(
+                f"{name!r} is no packaged toy ({', '.join(toys.names())}), no folder or file here, "
+                f"and the Hub gave nothing: {error}"
+            ) from error
+
+    config = fetch("config.json")
+    assert config is not None
+    download["revision"] = commit = config.parent.name  # one commit, whatever is pushed meanwhile
+    where = f"{name!r}, on the Hub or, if offline, in its cache,"
+    return Located(name, _weights(where, fetch), config, name, commit)
+
+
+def _weights(where: str, find: Callable[[str], Path | None]) -> list[Path]:
+    for weights in WEIGHTS:
+        if (whole := find(weights)) is not None:
+            return [whole]
+        if (index := find(f"{weights}.index.json")) is not None:
+            return list(_shards(index, find))
+    raise FileNotFoundError(f"{where} has no {' and no '.join(WEIGHTS)}, whole or in shards")
+
+
+def _shards(index: Path, find: Callable[[str], Path | None]) -> Iterator[Path]:
+    for name in shard_names(index):
+        if (shard := find(name)) is None:
+            raise FileNotFoundError(f"{index} names {name}, which is not there; fetch it again")
+        yield shard

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BlipConfig
 
-from hooked_vlm.config import BLIPConfig, Task, TextConfig, VisionConfig
-from weights_conversion import blip_hf, blip_original
-from weights_conversion.files import Checkpoint
-from weights_conversion.rules import ConversionError, Rule, rename
+from hooked_vlm.config import BLIPConfig, StackConfig, Task, TextConfig, VisionConfig
+from weights_conversion import blip_hf, blip_original, processors
+from weights_conversion.files import Checkpoint, InMemory, save
+from weights_conversion.rules import ConversionError, Rule, Shape, plan, rename, revert
 
 OURS = "hooked_blip"  # the model_type of folders that transformers has no class for
 
 
 def read(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | InMemory,
     hf_config: Mapping[str, Any] | None,
     task: str | None,
     overrides: Mapping[str, Any],
-    **special: int,
 ) -> tuple[BLIPConfig, list[Rule]]:
     """The configuration and the table for a checkpoint.
 
@@ -30,40 +31,44 @@ def read(
         hf_config: its `config.json`, None for a bare file.
         task: the task asked for, None to read it from the tensors.
         overrides: fields of the stacks' configurations that a bare file cannot tell.
-        **special: ids of special tokens, for a bare file.
 
     Raises:
         ConversionError: no BLIP, or one whose task cannot be told or is another.
     """
     shapes = checkpoint.shapes
-    if hf_config is not None and hf_config.get("model_type") == OURS:
+    kind = None if hf_config is None else hf_config.get("model_type")
+    if hf_config is not None and kind not in ("blip", OURS):
+        raise ConversionError(f"config.json is of model_type {kind!r}; HookedBLIP reads 'blip'")
+    if hf_config is not None and overrides:
+        raise ConversionError("config= is for bare files; this checkpoint has a config.json")
+    if hf_config is not None and kind == OURS:
         cfg = from_dict(hf_config)
+        _ask(task, [cfg.task])
         return cfg, [rename(name, name) for name in shapes]
-    found = blip_hf.tasks(shapes)
+    known = _ask(task, blip_hf.tasks(shapes))
+    if hf_config is not None:
+        try:
+            full = BlipConfig.from_dict(dict(hf_config)).to_dict()
+            return blip_hf.config(full, known), blip_hf.RULES[known]
+        except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+            raise ConversionError(f"config.json is no BLIP configuration: {error}") from error
+    if not any(name.startswith("visual_encoder.") for name in shapes):
+        where = ", ".join(map(str, checkpoint.files))
+        raise ConversionError(
+            f"{where} holds tensors of transformers' layout without the config.json that tells "
+            "their sizes; name the folder that holds both"
+        )
+    return blip_original.config(shapes, known, overrides), blip_original.RULES[known]
+
+
+def _ask(task: str | None, found: list[Task]) -> Task:
     if task is not None and task not in found:
         raise ConversionError(f"task={task!r}, but the tensors are those of {', '.join(found)}")
     if task is None and len(found) > 1:
         raise ConversionError(
             f"the tensors serve several tasks; pass task= one of {', '.join(found)}"
         )
-    known: Task = next(name for name in found if task in (None, name))
-    if hf_config is None:
-        original = any(name.startswith("visual_encoder.") for name in shapes)
-        if not original:
-            raise ConversionError(
-                f"{checkpoint.files[0]} holds tensors of transformers' layout without the "
-                "config.json that tells their sizes; name the folder that holds both"
-            )
-        cfg = blip_original.config(shapes, known, overrides, **special)
-        return cfg, blip_original.RULES[known]
-    if hf_config.get("model_type") != "blip":
-        raise ConversionError(
-            f"config.json is of model_type {hf_config.get('model_type')!r}, this class reads 'blip'"
-        )
-    if overrides:
-        raise ConversionError("config= is for bare files; this checkpoint has a config.json")
-    full = BlipConfig.from_dict(dict(hf_config)).to_dict()
-    return blip_hf.config(full, known), blip_hf.RULES[known]
+    return next(name for name in found if task in (None, name))
 
 
 def write(cfg: BLIPConfig) -> tuple[dict[str, Any], list[Rule] | None]:
@@ -112,9 +117,107 @@ def _sizes(cfg: TextConfig) -> dict[str, Any]:
 
 
 def from_dict(config: Mapping[str, Any]) -> BLIPConfig:
-    """Our configuration from a `config.json` of our own layout."""
+    """Our configuration from a `config.json` of our own layout.
+
+    Raises:
+        ConversionError: fields that are missing or that it does not have.
+    """
     fields = {name: value for name, value in config.items() if name != "model_type"}
-    for name, kind in (("vision", VisionConfig), ("text", TextConfig), ("decoder", TextConfig)):
-        if fields[name] is not None:
-            fields[name] = kind(**fields[name])
-    return BLIPConfig(**fields)
+    try:
+        for name, kind in (("vision", VisionConfig), ("text", TextConfig), ("decoder", TextConfig)):
+            if fields[name] is not None:
+                fields[name] = kind(**fields[name])
+        return BLIPConfig(**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConversionError(f"config.json is none of ours: {error}") from error
+
+
+def convert_file(
+    source: Path,
+    out: Path,
+    task: str | None,
+    processor: str | None,
+    overrides: Mapping[str, Mapping[str, Any]],
+) -> tuple[BLIPConfig, dict[str, Any]]:
+    """Writes a bare file as a folder and returns our configuration and the `config.json`.
+
+    Args:
+        source: the file.
+        out: the folder.
+        task: as in `read`.
+        processor: where the tokenizer is, None for `bert-base-uncased` on the Hub.
+        overrides: as in `read`.
+
+    Raises:
+        ConversionError: as `read`, or tensors that do not fit.
+        FileNotFoundError: no tokenizer.
+    """
+    checkpoint = Checkpoint([source])
+    cfg, rules = read(checkpoint, None, task, overrides)
+    steps = plan(checkpoint.shapes, rules, shapes(cfg), checkpoint.same)
+    made, cfg = processors.find(processor, None, cfg)
+    tensors = checkpoint.read(step.source for step in steps)
+    ours = {name: part for step in steps for name, part in step.apply(tensors[step.source]).items()}
+    config, layout = write(cfg)
+    save(out, ours if layout is None else revert(ours, layout), config, made)
+    return cfg, config
+
+
+def shapes(cfg: BLIPConfig) -> dict[str, Shape]:
+    """The shapes of a model's tensors, by our names."""
+    vision = cfg.vision
+    found: dict[str, Shape] = {
+        "vision.embed.class_token": (1, 1, vision.d_model),
+        "vision.embed.patch.weight": (vision.d_model, 3, vision.patch_size, vision.patch_size),
+        "vision.embed.patch.bias": (vision.d_model,),
+        "vision.pos_embed": (1, vision.n_ctx, vision.d_model),
+        **_norm("vision.ln_final", vision.d_model),
+    }
+    for layer in range(vision.n_layers):
+        found |= _block(f"vision.blocks.{layer}", vision)
+    for name, stack in (("text", cfg.text), ("decoder", cfg.decoder)):
+        if stack is None:
+            continue
+        found[f"{name}.embed.weight"] = (stack.d_vocab, stack.d_model)
+        found[f"{name}.pos_embed"] = (stack.n_ctx, stack.d_model)
+        found |= _norm(f"{name}.ln_embed", stack.d_model)
+        for layer in range(stack.n_layers):
+            block = f"{name}.blocks.{layer}"
+            found |= _block(block, stack) | _norm(f"{block}.ln_cross", stack.d_model)
+            found |= _attention(f"{block}.cross_attn", stack.d_model, stack.d_source)
+    if cfg.decoder is not None:
+        found |= _linear("unembed.dense", cfg.decoder.d_model, cfg.decoder.d_model)
+        found |= _norm("unembed.ln", cfg.decoder.d_model)
+        found["unembed.out.bias"] = (cfg.decoder.d_vocab,)
+    if cfg.task == "itm" and cfg.text is not None:
+        found |= _linear("itm_head", cfg.text.d_model, 2)
+        found |= _linear("vision_proj", vision.d_model, cfg.d_proj)
+        found |= _linear("text_proj", cfg.text.d_model, cfg.d_proj)
+    return found
+
+
+def _block(name: str, cfg: StackConfig) -> dict[str, Shape]:
+    return (
+        _attention(f"{name}.attn", cfg.d_model, cfg.d_model)
+        | _norm(f"{name}.ln1", cfg.d_model)
+        | _norm(f"{name}.ln2", cfg.d_model)
+        | _linear(f"{name}.mlp.fc_in", cfg.d_model, cfg.d_mlp)
+        | _linear(f"{name}.mlp.fc_out", cfg.d_mlp, cfg.d_model)
+    )
+
+
+def _attention(name: str, d_model: int, d_source: int) -> dict[str, Shape]:
+    return (
+        _linear(f"{name}.q", d_model, d_model)
+        | _linear(f"{name}.k", d_source, d_model)
+        | _linear(f"{name}.v", d_source, d_model)
+        | _linear(f"{name}.o", d_model, d_model)
+    )
+
+
+def _linear(name: str, d_in: int, d_out: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (d_out, d_in), f"{name}.bias": (d_out,)}
+
+
+def _norm(name: str, d_model: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (d_model,), f"{name}.bias": (d_model,)}

@@ -71,7 +71,7 @@ ITM_HEADS = [
     rename(f"{head}.{{p}}", f"{head}.{{p}}") for head in ("itm_head", "vision_proj", "text_proj")
 ]
 
-RULES: dict[str, list[Rule]] = {
+RULES: dict[Task, list[Rule]] = {
     "itm": [*VISION, *bert("text", "text_encoder"), *ITM_HEADS],
     "captioning": [*VISION, *bert("decoder", "text_decoder.bert"), *UNEMBED],
     "vqa": [

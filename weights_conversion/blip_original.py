@@ -63,22 +63,27 @@ RULES: dict[Task, list[Rule]] = {
 
 
 def config(
-    shapes: Mapping[str, Shape], task: Task, overrides: Mapping[str, Any], **special: int
+    shapes: Mapping[str, Shape], task: Task, overrides: Mapping[str, Mapping[str, Any]]
 ) -> BLIPConfig:
-    """The configuration that the shapes tell.
+    """The configuration that the shapes tell; the special tokens are the tokenizer's to tell.
 
     Args:
         shapes: of the checkpoint's tensors.
         task: which of the tasks that they allow.
-        overrides: fields by stack (`vision`, `text`, `decoder`) that shapes cannot tell, such as
-            `{"text": {"n_heads": 4}}`; heads are 64 wide by default, as in every released file.
-        **special: the ids that `BLIPConfig` wants of the tokenizer.
+        overrides: fields by stack that shapes cannot tell, such as `{"text": {"n_heads": 4}}`;
+            heads are 64 wide by default, as in every released file. Those of `text` hold for the
+            answer decoder too, unless it has its own.
 
     Raises:
-        ConversionError: a tensor that a BLIP has is missing, or an override of no such stack.
+        ConversionError: a tensor that a BLIP has is missing, a width that is no multiple of 64 and
+            no number of heads, or an override of no such stack or field.
     """
-    if unknown := set(overrides) - {"vision", "text", "decoder"}:
-        raise ConversionError(f"config= names {sorted(unknown)}; stacks are vision, text, decoder")
+    stacks = {"itm": ("text",), "captioning": ("decoder",), "vqa": ("text", "decoder")}[task]
+    if unknown := set(overrides) - {"vision", *stacks}:
+        raise ConversionError(
+            f"config= names {sorted(unknown)}; the stacks of task {task!r} are vision and "
+            f"{' and '.join(stacks)}"
+        )
     text = "text_decoder.bert" if task == "captioning" else "text_encoder"
     layer = f"{text}.encoder.layer."
     try:
@@ -88,17 +93,15 @@ def config(
         vision = {
             "d_model": width,
             "n_layers": _count(shapes, "visual_encoder.blocks."),
-            "n_heads": max(width // 64, 1),
             "d_mlp": shapes["visual_encoder.blocks.0.mlp.fc1.weight"][0],
             "activation": "gelu",
             "eps": 1e-6,
             "image_size": round((positions - 1) ** 0.5) * patch,
             "patch_size": patch,
         }
-        stack = {
+        bert = {
             "d_model": d_model,
             "n_layers": _count(shapes, layer),
-            "n_heads": max(d_model // 64, 1),
             "d_mlp": shapes[f"{layer}0.intermediate.dense.weight"][0],
             "activation": "gelu",
             "eps": 1e-12,
@@ -108,18 +111,31 @@ def config(
         }
     except KeyError as error:
         raise ConversionError(f"missing: {error} is in every BLIP of task {task!r}") from error
-    proj = shapes.get("vision_proj.weight", (256,))[0]
-    of_text = overrides.get("decoder" if task == "captioning" else "text", {})
-    made = blip_hf.assemble(
-        task,
-        VisionConfig(**{**vision, **overrides.get("vision", {})}),
-        TextConfig(**{**stack, **of_text}),
-        d_proj=proj,
-        **special,
-    )
-    if task == "vqa" and "decoder" in overrides and made.decoder is not None:
-        made = replace(made, decoder=replace(made.decoder, **overrides["decoder"]))
+    except ValueError as error:
+        raise ConversionError(f"wrong shape of the patch or word embeddings: {error}") from error
+    try:
+        made = blip_hf.assemble(
+            task,
+            VisionConfig(**_heads("vision", {**vision, **overrides.get("vision", {})})),
+            TextConfig(**_heads(stacks[0], {**bert, **overrides.get(stacks[0], {})})),
+            d_proj=shapes.get("vision_proj.weight", (256,))[0],
+        )
+        if task == "vqa" and made.decoder is not None:
+            made = replace(made, decoder=replace(made.decoder, **overrides.get("decoder", {})))
+    except (TypeError, ValueError) as error:
+        raise ConversionError(
+            f"no configuration comes of the shapes and config=: {error}"
+        ) from error
     return made
+
+
+def _heads(stack: str, fields: dict[str, Any]) -> dict[str, Any]:
+    if "n_heads" not in fields and fields["d_model"] % 64:
+        raise ConversionError(
+            f"{stack} is {fields['d_model']} wide, so its heads cannot be 64 wide as in released "
+            f'files; pass config={{"{stack}": {{"n_heads": …}}}}'
+        )
+    return {"n_heads": fields["d_model"] // 64, **fields}
 
 
 def _count(shapes: Mapping[str, Shape], prefix: str) -> int:

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import struct
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from weights_conversion.rules import ConversionError, Shape
+
+# What torch.load raises for files that are cut short or are no checkpoints, by where they break.
+_BROKEN = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    struct.error,
+)
+# What its restricted unpickler says of anything that could run.
+_CODE = re.compile(r".*(?:GLOBAL|reduce for|create new object|Can only (?:build|create)).*")
 
 
 class Checkpoint:
@@ -29,8 +49,10 @@ class Checkpoint:
         self.files = [Path(file) for file in files]
         self.shapes: dict[str, Shape] = {}
         self._where: dict[str, Path] = {}
+        # Of pickles: until the first read if they are mapped, else for good.
+        self._kept: dict[Path, dict[str, Tensor]] = {}
         for file in self.files:
-            for name, shape in _shapes(file).items():
+            for name, shape in self._read_shapes(file).items():
                 if name in self._where:
                     raise ConversionError(f"{name!r} is in {self._where[name]} and in {file}")
                 self.shapes[name], self._where[name] = shape, file
@@ -46,14 +68,27 @@ class Checkpoint:
                 with _open(file) as opened:
                     found.update({name: opened.get_tensor(name) for name in wanted})
             else:
-                tensors = _unpickled(file)
+                tensors = self._unpickled(file)
                 found.update({name: tensors[name] for name in wanted})
         return found
 
     def same(self, a: str, b: str) -> bool:
         """Whether two tensors hold the same numbers."""
-        tensors = self.read([a, b])
-        return torch.equal(tensors[a], tensors[b])
+        return _same(*self.read([a, b]).values())
+
+    def _read_shapes(self, file: Path) -> dict[str, Shape]:
+        if file.suffix == ".safetensors":
+            with _open(file) as opened:
+                return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        self._kept[file] = self._unpickled(file)
+        return {name: tuple(tensor.shape) for name, tensor in self._kept[file].items()}
+
+    def _unpickled(self, file: Path) -> dict[str, Tensor]:
+        mapped = _is_zip(file)
+        tensors = self._kept.pop(file, None) or _unpickle(file, mapped)
+        if not mapped:
+            self._kept[file] = tensors
+        return tensors
 
 
 class InMemory:
@@ -71,26 +106,74 @@ class InMemory:
 
     def same(self, a: str, b: str) -> bool:
         """Whether two tensors hold the same numbers."""
-        return torch.equal(self._state[a], self._state[b])
+        return _same(self._state[a], self._state[b])
 
 
-def shards(index: str | Path) -> list[Path]:
-    """The files that a `*.index.json` names, beside it.
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object, such as `config.json`.
 
     Raises:
-        ConversionError: an index that is no such thing, or a shard that is not there.
+        ConversionError: it does not.
     """
-    index = Path(index)
     try:
-        files = sorted(
-            {index.parent / name for name in json.loads(index.read_text())["weight_map"].values()}
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{index} is no index of shards: {error!r}") from error
-    for file in files:
-        if not file.is_file():
-            raise ConversionError(f"{index} names {file.name}, which is not there")
-    return files
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{file} is no JSON, fetch it again: {error}") from error
+    if not isinstance(found, dict):
+        raise ConversionError(f"{file} holds no JSON object but {type(found).__name__}")
+    return found
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that a `*.index.json` names; they lie beside it.
+
+    Raises:
+        ConversionError: an index that is no such thing.
+    """
+    where = read_json(index).get("weight_map")
+    names = set(where.values()) if isinstance(where, dict) else set()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ConversionError(f"{index} is no index of shards: its weight_map names no files")
+    return sorted(names)
+
+
+def save(
+    folder: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], processor: Any
+) -> None:
+    """Writes a checkpoint's folder; nothing of it appears before all of it is on the disk.
+
+    Args:
+        folder: where to; files of the same names are replaced.
+        tensors: the weights, under the layout's names.
+        config: the `config.json`.
+        processor: its files are written too; None writes none.
+
+    Raises:
+        NotADirectoryError: the folder is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; name a folder to write to")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, so that moving is renaming; files that are mapped stay what they were.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        made = Path(scratch, "made")
+        made.mkdir()
+        weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
+        (made / "model.safetensors").chmod(made.stat().st_mode & 0o666)  # it makes them 0600
+        if processor is not None:
+            processor.save_pretrained(made)
+        (made / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if not folder.exists():
+            made.rename(folder)
+            return
+        for file in sorted(made.iterdir()):
+            file.replace(folder / file.name)
 
 
 def _open(file: Path) -> Any:
@@ -102,37 +185,33 @@ def _open(file: Path) -> Any:
         ) from error
 
 
-def _shapes(file: Path) -> dict[str, Shape]:
-    if file.suffix == ".safetensors":
-        with _open(file) as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-    return {name: tuple(tensor.shape) for name, tensor in _unpickled(file).items()}
-
-
-def _unpickled(file: Path) -> dict[str, Tensor]:
+def _unpickle(file: Path, mapped: bool) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-    except pickle.UnpicklingError as error:
-        raise ConversionError(
-            f"{file} holds more than tensors, and reading it could run code, so it is refused. "
-            f"Save its state_dict alone, or as safetensors. PyTorch says: {error}"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, *_BROKEN) as error:
+        if code := _CODE.search(str(error)):
+            raise ConversionError(
+                f"{file} holds more than tensors, and reading it could run code, so it is refused: "
+                f"{code.group().strip().split('. ')[0]}. Get it as safetensors, or as a state dict "
+                "alone; if it was cut short, fetch it again"
+            ) from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else "empty"
         raise ConversionError(
             f"{file} cannot be read as a PyTorch checkpoint, it may be cut short; fetch it again "
-            f"({error})"
+            f"({reason})"
         ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
-    tensors = {
-        str(name): value
-        for name, value in (loaded.items() if isinstance(loaded, Mapping) else ())
-        if isinstance(value, Tensor)
-    }
-    if not tensors:
-        raise ConversionError(f"{file} holds no tensors by name")
-    return tensors
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise ConversionError(f"{file} holds no tensors by name but {type(loaded).__name__}")
+    for name, value in loaded.items():
+        if not isinstance(value, Tensor):
+            raise ConversionError(
+                f"{file} holds {name!r}, a {type(value).__name__}, among its tensors; "
+                "expected a state dict, alone or under the key 'model'"
+            )
+    return dict(loaded)
 
 
 def _is_zip(file: Path) -> bool:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def split(source: str, targets: Sequence[str]) -> Rule:
 
 
 def copy_of(source: str, original: str) -> Rule:
-    """A tied tensor: absent or equal to its original, never written."""
+    """A tied tensor: absent, equal to its original, or there in its place; never written."""
     return Rule(source, same_as=original)
 
 
@@ -69,9 +70,12 @@ class Step:
 
     def apply(self, tensor: Tensor) -> dict[str, Tensor]:
         """The target tensors: the source itself, or views of it."""
+        if len(self.targets) == 1:
+            return {self.targets[0]: tensor}
         return dict(zip(self.targets, tensor.chunk(len(self.targets)), strict=True))
 
 
+@cache
 def _regex(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"(\{[lp]\})", pattern)
     return re.compile("".join(_WILD.get(part, re.escape(part)) for part in parts))
@@ -120,24 +124,26 @@ def plan(
             problems.append(f"left over: {name!r} {list(shape)} has no place in this model")
             continue
         rule, wild = found
-        if rule.same_as:
-            if rule.same_as not in sources:
-                problems.append(f"missing: {rule.same_as!r}, of which {name!r} is a copy")
-            elif same is not None and not same(name, rule.same_as):
+        if rule.same_as in sources:
+            if shape != sources[rule.same_as] or (same and not same(name, rule.same_as)):
                 problems.append(f"{name!r} is tied to {rule.same_as!r} but holds other numbers")
             continue
+        if rule.same_as:
+            original = _find(rules, rule.same_as)
+            assert original is not None, f"the table has no line for {rule.same_as!r}"
+            rule, wild = original
         step = Step(name, tuple(_fill(target, wild) for target in rule.targets))
         for target in step.targets:
-            part = (shape[0] // len(step.targets), *shape[1:]) if shape else shape
+            part = _part(shape, len(step.targets))
             if target not in targets:
                 problems.append(f"left over: {name!r} would fill {target!r}, which is not there")
             elif target in filled:
                 problems.append(f"{target!r} is filled by {filled[target]!r} and by {name!r}")
-            elif part != tuple(targets[target]):
+            elif part != targets[target]:
+                of = f" from each of its {len(step.targets)} parts" * (len(step.targets) > 1)
                 problems.append(
                     f"wrong shape: {name!r} is {list(shape)}, {target!r} needs "
-                    f"{list(targets[target])}"
-                    + (f" from each of {len(step.targets)} parts" if len(step.targets) > 1 else "")
+                    f"{list(targets[target])}{of}"
                 )
             filled[target] = name
         if step.targets:
@@ -148,6 +154,12 @@ def plan(
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ConversionError(f"the checkpoint does not fit the model:\n  {shown}{more}")
     return steps
+
+
+def _part(shape: Shape, parts: int) -> Shape | None:
+    if parts == 1:
+        return shape
+    return (shape[0] // parts, *shape[1:]) if shape and shape[0] % parts == 0 else None
 
 
 def convert(
@@ -169,7 +181,7 @@ def revert(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Te
     """Our tensors under the checkpoint's names, as the layout's own writer would hold them.
 
     Raises:
-        ConversionError: a tensor that no rule names.
+        ConversionError: a tensor that no rule names, or a part of a whole that is not there.
     """
     made: dict[str, Tensor] = {}
     used: set[str] = set()
@@ -179,6 +191,8 @@ def revert(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Te
             if match:
                 wild = match.groupdict()
                 parts = [_fill(target, wild) for target in rule.targets]
+                if lost := [part for part in parts if part not in tensors]:
+                    raise ConversionError(f"missing: {', '.join(map(repr, lost))}")
                 used.update(parts)
                 whole = [tensors[part] for part in parts]
                 made[_fill(rule.source, wild)] = torch.cat(whole) if len(whole) > 1 else whole[0]

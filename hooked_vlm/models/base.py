@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel
 
 from hooked_vlm.components.blocks import Door
 from hooked_vlm.components.stack import Stack
-from hooked_vlm.hub import Located, locate
+from hooked_vlm.hub import locate
 from hooked_vlm.models.cache import ActivationCache
 from hooked_vlm.models.flow import Base, Flow, Recording, Resuming
 from hooked_vlm.models.hooked import HookedModel, Hooks
-from hooked_vlm.models.inputs import Geometry, ImageLike, check_texts, open_images
-from hooked_vlm.models.loading import assign, save
+from hooked_vlm.models.inputs import Geometry, ImageLike, check_texts, open_images, token_map
+from hooked_vlm.models.loading import assign
 from hooked_vlm.models.names import Names, Site
-from weights_conversion import Checkpoint, ConversionError, InMemory, revert
+from weights_conversion import Checkpoint, InMemory, revert
+from weights_conversion.files import read_json, save
 from weights_conversion.rules import Rule
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Model = TypeVar("Model", bound="HookedVLM")  # not Self: the tests' type checker cannot read it
 
 
 class HookedVLM(HookedModel):
@@ -63,7 +68,7 @@ class HookedVLM(HookedModel):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         name_or_path: str | Path,
         *,
         revision: str | None = None,
@@ -75,7 +80,7 @@ class HookedVLM(HookedModel):
         task: str | None = None,
         processor: str | Path | Any = None,
         config: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> Self:
+    ) -> Model:
         """Opens a checkpoint.
 
         Args:
@@ -107,18 +112,19 @@ class HookedVLM(HookedModel):
         }
         located = locate(name_or_path, **download)
         checkpoint = Checkpoint(located.files)
-        hf_config = None if located.config is None else _read_json(located.config)
-        processor = cls._find_processor(processor, located, checkpoint, download)
-        cfg, rules = cls._read_layout(checkpoint, hf_config, task, config or {}, processor)
+        download["revision"] = located.revision
+        hf_config = None if located.config is None else read_json(located.config)
+        cfg, rules = cls._read_layout(checkpoint, hf_config, task, config or {})
+        processor, cfg = cls._find_processor(processor, located.processor, cfg, download)
         with torch.device("meta"):
             model = cls(cfg)
         assign(model, checkpoint, rules, dtype, device)
         model.processor = processor
-        model.provenance = {"model": located.name, "revision": revision, "task": cfg.task}
+        model.provenance = {"model": located.name, "revision": located.revision, "task": cfg.task}
         return model.eval()
 
     @classmethod
-    def from_hf(cls, hf_model: PreTrainedModel, processor: Any = None) -> Self:
+    def from_hf(cls: type[Model], hf_model: PreTrainedModel, processor: Any = None) -> Model:
         """A hooked model of a transformers model in memory, sharing its weights.
 
         Args:
@@ -129,9 +135,7 @@ class HookedVLM(HookedModel):
             weights_conversion.ConversionError: a model of another kind.
         """
         state = hf_model.state_dict()
-        cfg, rules = cls._read_layout(
-            InMemory(state), hf_model.config.to_dict(), None, {}, processor
-        )
+        cfg, rules = cls._read_layout(InMemory(state), hf_model.config.to_dict(), None, {})
         with torch.device("meta"):
             model = cls(cfg)
         assign(model, InMemory(state), rules, None, None)
@@ -154,8 +158,8 @@ class HookedVLM(HookedModel):
 
     @classmethod
     def _find_processor(
-        cls, given: Any, located: Located, checkpoint: Checkpoint, download: dict[str, Any]
-    ) -> Any:
+        cls, given: Any, own: str | None, cfg: Any, download: dict[str, Any]
+    ) -> tuple[Any, Any]:
         raise NotImplementedError
 
     @classmethod
@@ -165,7 +169,6 @@ class HookedVLM(HookedModel):
         hf_config: Mapping[str, Any] | None,
         task: str | None,
         overrides: Mapping[str, Any],
-        processor: Any,
     ) -> tuple[Any, list[Rule]]:
         raise NotImplementedError
 
@@ -177,7 +180,7 @@ class HookedVLM(HookedModel):
     def prepare(
         self,
         images: ImageLike | Sequence[ImageLike],
-        text: str | Sequence[str],
+        text: str | Sequence[str] | None = None,
         *,
         first_token: Literal["cls", "enc"] = "cls",
     ) -> BatchEncoding:
@@ -185,7 +188,7 @@ class HookedVLM(HookedModel):
 
         Args:
             images: PIL images or paths; one image may go with several texts.
-            text: one text or one per image.
+            text: one text or one per image; None where the model can do without.
             first_token: `cls` leaves `[CLS]` in front, as transformers' processor does; `enc` puts
                 BLIP's `[ENC]` there, as its training and its retrieval evaluation did.
 
@@ -197,11 +200,22 @@ class HookedVLM(HookedModel):
             ValueError: no processor, something that is no image, an empty text, a text longer than
                 the position table, or numbers of images and texts that do not match.
         """
-        texts, pictures = check_texts(text), open_images(images)
-        if len(pictures) not in (1, len(texts)):
-            raise ValueError(f"{len(pictures)} images do not match {len(texts)} texts")
-        processor = self._processor
-        encoded = processor.tokenizer(
+        pictures, processor = open_images(images), self._processor
+        encoded = {} if text is None else self._encode(check_texts(text), first_token)
+        n_texts = len(encoded["input_ids"]) if encoded else len(pictures)
+        if len(pictures) not in (1, n_texts):
+            raise ValueError(f"{len(pictures)} images do not match {n_texts} texts")
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        inputs: Any = BatchEncoding({"pixel_values": pixels.to(self.dtype), **encoded})
+        inputs = inputs.to(self.device)
+        inputs.geometry = [
+            Geometry(picture.size, (0.0, 0.0, *map(float, picture.size))) for picture in pictures
+        ]
+        inputs.first_token = first_token
+        return inputs  # type: ignore[no-any-return]
+
+    def _encode(self, texts: list[str], first_token: str) -> dict[str, Tensor]:
+        encoded = self.tokenizer(
             texts, padding=True, return_tensors="pt", return_token_type_ids=False
         )
         limit = next(s.cfg.n_ctx for name, s in self.stacks.items() if name != "vision")
@@ -215,13 +229,30 @@ class HookedVLM(HookedModel):
             encoded["input_ids"][:, 0] = self.to_single_token("[ENC]")
         elif first_token != "cls":
             raise ValueError(f"first_token is 'cls' or 'enc', not {first_token!r}")
-        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        inputs = BatchEncoding({"pixel_values": pixels.to(self.dtype), **encoded}).to(self.device)
-        inputs.geometry = [
-            Geometry(picture.size, (0, 0, *map(float, picture.size))) for picture in pictures
-        ]
-        inputs.first_token = first_token
-        return inputs
+        return dict(encoded)
+
+    def token_map(self, inputs: BatchEncoding) -> pd.DataFrame:
+        """What stands at every position of every stack that `prepare` filled.
+
+        Args:
+            inputs: from `prepare`.
+
+        Returns:
+            One line per stack, row of the batch and position: its `token`, or the `patch_row` and
+            `patch_column` of the image and its box in pixels of the original image (`left`,
+            `top`, `right`, `bottom`); the class token has neither.
+        """
+        return token_map(inputs, self.cfg.vision.grid, self.to_str_tokens, self.stacks)
+
+    def prepare_prompt(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        text: str | Sequence[str] | None,
+        *,
+        first_token: Literal["cls", "enc"] = "cls",
+    ) -> BatchEncoding:
+        """As `prepare`, so that the last position of the logits predicts the answer."""
+        return self.prepare(images, text, first_token=first_token)
 
     @property
     def _processor(self) -> Any:
@@ -272,6 +303,20 @@ class HookedVLM(HookedModel):
         """One forward pass, as calls of `flow.stack`, from the inputs to the logits."""
         raise NotImplementedError
 
+    def _run(self, **inputs: Any) -> Tensor:
+        """A plain pass; what `torch.compile` made of it is left while anybody listens."""
+        if self._anyone_listens():
+            return self._run_eagerly(**inputs)
+        return self._flow(Flow(self.stacks), **inputs)
+
+    @torch.compiler.disable
+    def _anyone_listens(self) -> bool:
+        return any(point.listening for point in self.hook_points())
+
+    @torch.compiler.disable
+    def _run_eagerly(self, **inputs: Any) -> Tensor:
+        return self._flow(Flow(self.stacks, self._grad_wanted), **inputs)
+
     @property
     def _grad_wanted(self) -> bool:
         return torch.is_grad_enabled() and any(
@@ -308,6 +353,7 @@ class HookedVLM(HookedModel):
         rows: Sequence[int] | Tensor | None = None,
         fwd_hooks: Hooks = (),
         bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
     ) -> Tensor:
         """Continues a base from the earliest of some sites on; computes only what they reach.
 
@@ -321,6 +367,8 @@ class HookedVLM(HookedModel):
                 base's rows as they are. Rows that share an image share its keys and values.
             fwd_hooks: as in `run_with_hooks`.
             bwd_hooks: as in `run_with_hooks`.
+            reset_hooks_end: whether these hooks go when the pass ends; backward hooks must stay
+                until the backward pass.
 
         Returns:
             Logits, [len(rows), ...], equal to those of a full pass with the same hooks.
@@ -350,7 +398,7 @@ class HookedVLM(HookedModel):
                         f"a hook at {name!r} would not fire: the pass resumes at {names[0]!r}; "
                         "name it among the sites"
                     )
-        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end=not bwd_hooks):
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end):
             flow = Resuming(self.stacks, base, *start, chosen, self._grad_wanted)
             return self._flow(flow, **base.inputs)
 
@@ -368,6 +416,14 @@ class HookedVLM(HookedModel):
             stack = self.GLUE.get(top, top)
             return stack, (self.stacks[stack].cfg.n_layers, "attn")
         return top, None
+
+    def stack_of(self, name: str) -> str:
+        """The stack that a hook point belongs to, or behind which it is computed."""
+        return self._place(name)[0]
+
+    def order_of(self, name: str) -> tuple[int, int, int]:
+        """Where a pass resumes for a hook point; equal for points that can be swept together."""
+        return self._order(self._place(name))
 
     def _order(self, place: tuple[str, Door | None]) -> tuple[int, int, int]:
         stack, door = place
@@ -402,9 +458,26 @@ class HookedVLM(HookedModel):
         """Token embeddings of the last stack, the one that the output is read from."""
         return list(self.stacks.values())[-1].W_E
 
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding, of what BERT's prediction head makes of the last stack's output."""
+        return self._unembedding.weight.mT
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text()))
-    except ValueError as error:
-        raise ConversionError(f"{file} is no JSON: {error}") from error
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """The unembedding's bias."""
+        return self._unembedding.bias
+
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Int[Tensor, "*shape"]
+    ) -> Float[Tensor, "*shape d_model"]:
+        """Columns of `W_U`: the directions that raise the logits of tokens."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        return self.W_U.mT[tokens]
+
+    @property
+    def _unembedding(self) -> nn.Linear:
+        if "unembed" not in self._modules:
+            raise ValueError(f"a model for task {self.task!r} predicts no tokens: it has no W_U")
+        return self.unembed.out  # type: ignore[no-any-return]

@@ -5,24 +5,23 @@ Source: Li et al., BLIP (arXiv 2201.12086), sec. 3.1 and fig. 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BatchEncoding
 
 from hooked_vlm.components.hook_point import HookPoint
 from hooked_vlm.components.stack import TextStack, Unembed, VisionStack
 from hooked_vlm.config import BLIPConfig
-from hooked_vlm.hub import Located
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.flow import Flow
 from hooked_vlm.models.generation import Decoder
-from hooked_vlm.models.inputs import load_processor, processor_for_file
-from weights_conversion import Checkpoint, InMemory
+from hooked_vlm.models.inputs import ImageLike
+from weights_conversion import Checkpoint, InMemory, processors
 from weights_conversion import blip as layout
 from weights_conversion.rules import Rule
 
@@ -61,16 +60,9 @@ class HookedBLIP(HookedVLM):
 
     @classmethod
     def _find_processor(
-        cls, given: Any, located: Located, checkpoint: Checkpoint, download: dict[str, Any]
-    ) -> Any:
-        if given is not None and not isinstance(given, str | Path):
-            return given
-        if located.processor is not None:
-            return load_processor(str(given or located.processor), **download)
-        table = checkpoint.shapes.get("visual_encoder.pos_embed", (1, 577, 768))
-        patch = checkpoint.shapes.get("visual_encoder.patch_embed.proj.weight", (768, 3, 16, 16))
-        size = round((table[1] - 1) ** 0.5) * patch[-1]
-        return processor_for_file(None if given is None else str(given), size, **download)
+        cls, given: Any, own: str | None, cfg: BLIPConfig, download: dict[str, Any]
+    ) -> tuple[Any, BLIPConfig]:
+        return processors.find(given, own, cfg, **download)
 
     @classmethod
     def _read_layout(
@@ -79,16 +71,8 @@ class HookedBLIP(HookedVLM):
         hf_config: Mapping[str, Any] | None,
         task: str | None,
         overrides: Mapping[str, Any],
-        processor: Any,
     ) -> tuple[BLIPConfig, list[Rule]]:
-        special = {}
-        if hf_config is None:
-            tokens = processor.tokenizer
-            special = {
-                f"{name}_token_id": getattr(tokens, f"{name}_token_id")
-                for name in ("bos", "sep", "pad")
-            }
-        return layout.read(checkpoint, hf_config, task, overrides, **special)
+        return layout.read(checkpoint, hf_config, task, overrides)
 
     def _write_layout(self) -> tuple[dict[str, Any], list[Rule] | None]:
         return layout.write(self.cfg)
@@ -119,9 +103,7 @@ class HookedBLIP(HookedVLM):
         Raises:
             ValueError: inputs that do not fit the model or one another.
         """
-        flow = Flow(self.stacks, self._grad_wanted)
-        logits = self._flow(
-            flow,
+        logits = self._run(
             pixel_values=pixel_values,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -237,6 +219,46 @@ class HookedBLIP(HookedVLM):
         images = self.get_image_features(pixel_values)
         return images @ self.get_text_features(input_ids, attention_mask).mT
 
+    def prepare(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        text: str | Sequence[str] | None = None,
+        *,
+        first_token: Literal["cls", "enc"] = "cls",
+    ) -> BatchEncoding:
+        """See `HookedVLM.prepare`; only captioning can do without a text."""
+        if text is None and self.task != "captioning":
+            raise ValueError(f"a model for task {self.task!r} needs a text")
+        return super().prepare(images, text, first_token=first_token)
+
+    def prepare_prompt(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        text: str | Sequence[str] | None,
+        *,
+        first_token: Literal["cls", "enc"] = "cls",
+    ) -> BatchEncoding:
+        """As `prepare`, so that the last position of the logits predicts the answer.
+
+        A caption so far begins with `[DEC]` and is not closed by `[SEP]`, as in `generate`; None
+        is the caption of which nothing is there. Texts of several lengths raise a ValueError.
+        """
+        if self.task != "captioning":
+            return super().prepare_prompt(images, text, first_token=first_token)
+        inputs = self.prepare(images, text, first_token=first_token)
+        mask = inputs.pop("attention_mask", None)
+        if mask is not None and not mask.all():
+            raise ValueError("captions so far must have the same number of tokens in a batch")
+        inputs["input_ids"] = self._prompt(inputs.get("input_ids"), len(inputs["pixel_values"]))
+        return inputs
+
+    def _prompt(self, input_ids: Tensor | None, batch: int) -> Tensor:
+        """`[DEC]`, and the words of the text so far, without what the tokenizer puts around."""
+        start = torch.full((batch, 1), self.cfg.bos_token_id, device=self.device)
+        if input_ids is None:
+            return start
+        return torch.cat([start.expand(len(input_ids), 1), input_ids[:, 1:-1]], dim=1)
+
     @torch.no_grad()
     def generate(
         self,
@@ -283,9 +305,9 @@ class HookedBLIP(HookedVLM):
         elif input_ids is not None:
             self._check_text("input_ids", input_ids, attention_mask)
             attention_mask = None if attention_mask is None else attention_mask[:, :-1]
-        prompt = torch.full((len(states), 1), self.cfg.bos_token_id, device=states.device)
-        if self.task == "captioning" and input_ids is not None:
-            prompt = torch.cat([prompt.expand(len(input_ids), 1), input_ids[:, 1:-1]], dim=1)
+        prompt = self._prompt(input_ids if self.task == "captioning" else None, len(states))
+        if not generation.keys() & {"max_length", "max_new_tokens", "generation_config"}:
+            generation["max_length"] = max(20, prompt.shape[1] + 1)  # transformers', unasked
         decoder = Decoder(
             self.decoder, self.unembed, self.hook_logits, states, states_mask, special
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import transformer_lens
@@ -42,7 +43,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         stem = key.removesuffix("_grad")
         of = head_of(stem)
         whole = None if of is None else of[0] + key[len(stem) :]
-        if of is not None and whole in self.cache_dict:
+        if of is not None and whole in self.cache_dict and stem in self.model.hook_dict:
             axis = self.model.hook_dict[of[0]].head_axis
             return self.cache_dict[whole].select(axis - (not self.has_batch_dim), of[1])
         if stem in self.model.hook_dict:
@@ -56,6 +57,11 @@ class ActivationCache(transformer_lens.ActivationCache):
             KeyError: the model has no such stack.
         """
         return StackCache(self, name)
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
+        """The entries of some rows of the batch; see TransformerLens."""
+        rows = super().apply_slice_to_batch_dim(batch_slice)
+        return ActivationCache(rows.cache_dict, self.model, rows.has_batch_dim)
 
 
 class StackCache(transformer_lens.ActivationCache):
@@ -94,12 +100,50 @@ class StackCache(transformer_lens.ActivationCache):
             key = get_act_name(key)
         return self.cache_dict[key] if key in self.cache_dict else self._whole[f"{self.name}.{key}"]
 
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> StackCache:
+        """The entries of some rows of the batch; see TransformerLens."""
+        return self._whole.apply_slice_to_batch_dim(batch_slice).stack(self.name)
+
+    def remove_batch_dim(self, batch_size: int | None = None) -> StackCache:
+        """Drops the batch axis of a batch of one; see TransformerLens."""
+        self._whole = self._whole.apply_slice_to_batch_dim(
+            slice(None)
+        )  # the model's cache keeps it
+        self._whole.remove_batch_dim(batch_size)
+        super().remove_batch_dim(batch_size)
+        return self
+
     def _refuse(self, what: str) -> NoReturn:
         raise NotImplementedError(
             f"{what} in {self.name!r}: its blocks are post-norm, each norm rescales the sum, so "
             "contributions of layers do not add up to the output. Indexing, stack_activation, "
             "stack_head_results and accumulated_resid(apply_ln=False) work"
         )
+
+    def accumulated_resid(
+        self,
+        layer: int | None = None,
+        incl_mid: bool = False,
+        apply_ln: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The stream at each layer; see TransformerLens.
+
+        In post-norm stacks it is the normalized one everywhere, which is what blocks read, and
+        `apply_ln` is refused.
+        """
+        if self.model.pre_norm:
+            return super().accumulated_resid(layer, incl_mid, apply_ln, *args, **kwargs)
+        if apply_ln:
+            self._refuse("apply_ln")
+        normalized = copy(self)
+        normalized.cache_dict = {
+            key.replace("hook_normalized_resid_", "hook_resid_"): value
+            for key, value in self.cache_dict.items()
+            if not key.endswith(("hook_resid_mid", "hook_resid_post"))
+        }
+        return super(StackCache, normalized).accumulated_resid(layer, incl_mid, *args, **kwargs)
 
     def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
         """See TransformerLens; pre-norm stacks only."""
@@ -143,9 +187,26 @@ class StackCache(transformer_lens.ActivationCache):
         final = layer is None or layer in (-1, self.model.cfg.n_layers)
         if final and kwargs.get("recompute_ln", False):
             return scaled  # went through the norm itself, bias and all
-        if final:
-            norm = self.model.ln_final
-        else:
-            block = self.model.blocks[layer]
-            norm = block.ln2 if mlp_input else block.ln1
-        return scaled * norm.weight
+        return scaled * self._gain(layer, mlp_input)
+
+    def _gain(self, layer: int | None, mlp_input: bool) -> Tensor:
+        if layer is None or layer in (-1, self.model.cfg.n_layers):
+            return self.model.ln_final.weight
+        block = self.model.blocks[layer]
+        return (block.ln2 if mlp_input else block.ln1).weight
+
+    def _stack_neuron_results_apply_ln_projected(
+        self,
+        layer: int,
+        pos_slice: Any,
+        neuron_slice: Any,
+        project_2d: Tensor,
+        mlp_input: bool = False,
+    ) -> Tensor:
+        # TransformerLens' short cut past apply_ln_to_stack: the gain goes into the projection.
+        if not self.model.pre_norm:
+            self._refuse("apply_ln")
+        projection = self._gain(layer, mlp_input)[:, None] * project_2d
+        return super()._stack_neuron_results_apply_ln_projected(
+            layer, pos_slice, neuron_slice, projection, mlp_input
+        )

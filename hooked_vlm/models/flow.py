@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hooked_vlm.components.attention import KeyValue, Source
 from hooked_vlm.components.blocks import Context, Door
+from hooked_vlm.components.hook_point import listening
 from hooked_vlm.components.stack import Stack
 
 if TYPE_CHECKING:
@@ -58,6 +59,17 @@ class Base:
     stacks: dict[str, Kept]
     cache: ActivationCache
     fingerprint: tuple[Any, ...]
+
+    def rows(self, stack: str, rows: Tensor) -> Tensor:
+        """The rows of a stack that belong to rows of the batch."""
+        kept = self.stacks[stack]
+        if kept.reader is not None:
+            rows = self.rows(kept.reader, rows)
+        return rows if kept.rows is None else kept.rows[rows]
+
+    def row(self, stack: str, row: int) -> int:
+        """The row of a stack that belongs to a row of the batch."""
+        return int(self.rows(stack, torch.tensor([row], device=self.logits.device)))
 
 
 class Flow:
@@ -175,13 +187,13 @@ class Resuming(Flow):
         readout: slice = slice(None),
     ) -> Tensor:
         """Runs what a change can reach of a stack, or takes its output from the base."""
-        kept, rows = self.base.stacks[name], self._rows(name)
+        kept, rows = self.base.stacks[name], self.base.rows(name, self.rows)
         self.outputs[name] = kept.output
         if name != self.start and source not in self.changed:
             return kept.output
         door: Door | None = self.door
         if name != self.start:
-            door = min(door for door in kept.doors if door[1] == "cross_attn")
+            door = self._reader_door(name)
         read = None if source is None else self._source(name, source, source_mask, len(rows))
         if mask is not None and len(mask) > 1:
             mask = mask[rows]
@@ -189,19 +201,33 @@ class Resuming(Flow):
             x = self.stacks[name].embeddings(inputs[rows], grad=self.grad)
         else:
             x = kept.doors[door][rows]
+            if self.grad:
+                x.requires_grad_()  # a copy of the base's rows: the first tensor of the new pass
         x = self.stacks[name].run(x, Context(mask, read), door or (0, "attn"), readout)
         self.changed.add(name)
         self.outputs[name] = after(x)
         return self.outputs[name]
 
-    def _rows(self, name: str) -> Tensor:
-        """For each row of the new batch, the base's row of a stack."""
-        kept = self.base.stacks[name]
-        rows = self.rows if kept.reader is None else self._rows(kept.reader)
-        return rows if kept.rows is None else kept.rows[rows]
+    def _reader_door(self, name: str) -> Door | None:
+        """Where a stack begins whose source has changed: at its first cross-attention.
+
+        Earlier where somebody listens earlier, so that no hook is ignored.
+        """
+        stack = self.stacks[name]
+        first = min(door for door in self.base.stacks[name].doors if door[1] == "cross_attn")
+        if any(listening(m) for n, m in stack.named_children() if n not in ("blocks", "ln_final")):
+            return None
+        for layer in range(first[0] + 1):
+            block: Any = stack.blocks[layer]
+            before = (m for n, m in block.named_children() if block.PARTS.get(n, "attn") == "attn")
+            if any(map(listening, before)):
+                return layer, "attn"
+        return first
 
     def _source(self, name: str, source: str, mask: Tensor | None, batch: int) -> Source:
-        rows = self._rows(source)
+        rows = self.base.rows(source, self.rows)
         if source in self.changed:
             return Source(self.outputs[source], None if mask is None else mask[rows])
+        if self.grad:  # keys and values are made again, so that gradients reach their points
+            return Source(self.outputs[source].detach().requires_grad_(), mask, rows)
         return Source(self.outputs[source], mask, rows, self.base.stacks[name].cross)

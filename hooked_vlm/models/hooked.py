@@ -112,7 +112,6 @@ class HookedModel(HookedRootModule):
         """Hooks that fill a dictionary; see TransformerLens. Names as in `run_with_cache`."""
         entries: dict[str, Tensor] = {} if cache is None else cache
         cut = Slice.unwrap(pos_slice)
-        shared = any(point.listening for point in self.hook_points())
 
         def save(tensor: Tensor, hook: HookPoint, suffix: str = "") -> None:
             value = tensor.detach().to(device)
@@ -120,15 +119,20 @@ class HookedModel(HookedRootModule):
             if value.dim() > 2:
                 value = cut.apply(value, dim=position)
             if remove_batch_dim:
-                value = value.squeeze(0)
-            if shared and value.data_ptr() == tensor.data_ptr():
-                value = value.clone()
+                if len(value) != 1:
+                    raise ValueError(
+                        f"remove_batch_dim needs a batch of one, not {len(value)}: {hook.name!r}"
+                    )
+                value = value[0]
+            if hook.has_writers and value.data_ptr() == tensor.data_ptr():
+                value = value.clone()  # a writer at the same point edits this memory
             entries[f"{hook.name}{suffix}"] = value
 
         @reads_only
         def forward(tensor: Tensor, hook: HookPoint) -> None:
             save(tensor, hook)
 
+        @reads_only
         def backward(tensor: Tensor, hook: HookPoint) -> None:
             save(tensor, hook, "_grad")
 

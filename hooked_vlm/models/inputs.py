@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-from transformers import AutoTokenizer, BlipImageProcessorPil, BlipProcessor
+import pandas as pd
+from PIL import Image
+from torch import Tensor
+from transformers import BatchEncoding
 
 ImageLike = Image.Image | str | Path
-DEFAULT_TOKENIZER = "bert-base-uncased"
+_KINDS = "neither a PIL image nor a path"
+# What PIL raises for files that are no images, are cut short, or would fill the memory.
+_NO_IMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    LookupError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True)
@@ -27,40 +39,6 @@ class Geometry:
     crop: tuple[float, float, float, float]
 
 
-def load_processor(name: str, **download: Any) -> BlipProcessor:
-    """A BLIP checkpoint's own processor, on PIL, so that torchvision is not needed."""
-    return BlipProcessor(
-        BlipImageProcessorPil.from_pretrained(name, **download),
-        AutoTokenizer.from_pretrained(name, **download),
-    )
-
-
-def processor_for_file(name: str | None, image_size: int, **download: Any) -> BlipProcessor:
-    """A processor for a bare `.pth`, which holds no vocabulary.
-
-    Args:
-        name: a folder or a Hub name with a tokenizer; None for `bert-base-uncased`.
-        image_size: side of the images that the weights read.
-        **download: as in transformers.
-
-    Raises:
-        FileNotFoundError: no tokenizer there.
-    """
-    source = name or DEFAULT_TOKENIZER
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **download)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"a bare checkpoint file holds no vocabulary, and the tokenizer of {source!r} could not "
-            "be had; pass processor= with a folder or a Hub name that has one"
-        ) from error
-    if tokenizer.bos_token is None:  # BERT's own: add BLIP's two, in the order of its training
-        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-        tokenizer.add_tokens(["[ENC]"], special_tokens=True)
-    size = {"height": image_size, "width": image_size}
-    return BlipProcessor(BlipImageProcessorPil(size=size), tokenizer)
-
-
 def open_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
     """Images as PIL's, in RGB.
 
@@ -70,25 +48,27 @@ def open_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
     """
     if isinstance(images, Image.Image | str | Path):
         images = [images]
-    opened = []
-    for image in images:
-        if isinstance(image, str | Path):
-            try:
-                with Image.open(image) as file:
-                    opened.append(file.convert("RGB"))
-            except (UnidentifiedImageError, OSError) as error:
-                if isinstance(error, FileNotFoundError):
-                    raise
-                raise ValueError(f"{str(image)!r} is no image that can be read: {error}") from error
-        elif isinstance(image, Image.Image):
-            opened.append(image.convert("RGB"))
-        else:
-            raise ValueError(
-                f"an image is a PIL image or a path, not {type(image).__name__}: {image!r}"
-            )
+    elif not isinstance(images, Iterable):
+        raise ValueError(f"images is {_KINDS} but a {type(images).__name__}")
+    opened = [_open(image, index) for index, image in enumerate(images)]
     if not opened:
         raise ValueError("no image was given")
     return opened
+
+
+def _open(image: ImageLike, index: int) -> Image.Image:
+    if not isinstance(image, Image.Image | str | Path):
+        raise ValueError(f"image {index} is {_KINDS} but a {type(image).__name__}")
+    try:
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        with Image.open(image) as file:
+            return file.convert("RGB")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no image file {str(image)!r}") from error
+    except _NO_IMAGE as error:
+        name = repr(str(image)) if isinstance(image, str | Path) else f"image {index}"
+        raise ValueError(f"{name} is no image that can be read: {error}") from error
 
 
 def check_texts(text: str | Sequence[str]) -> list[str]:
@@ -97,6 +77,8 @@ def check_texts(text: str | Sequence[str]) -> list[str]:
     Raises:
         ValueError: no text, or an empty one.
     """
+    if not isinstance(text, Iterable):
+        raise ValueError(f"text is no string and no list of them: {text!r}")
     texts = [text] if isinstance(text, str) else list(text)
     if not texts:
         raise ValueError("no text was given")
@@ -104,3 +86,41 @@ def check_texts(text: str | Sequence[str]) -> list[str]:
         if not isinstance(one, str) or not one.strip():
             raise ValueError(f"text {index} is empty or no string: {one!r}")
     return texts
+
+
+def token_map(
+    inputs: BatchEncoding, grid: int, to_str: Callable[[Tensor], list[str]], stacks: Iterable[str]
+) -> pd.DataFrame:
+    """See `HookedVLM.token_map`.
+
+    Args:
+        inputs: from `prepare`.
+        grid: patches along one side of the image.
+        to_str: from a row of ids to its tokens.
+        stacks: the model's stacks, the one that reads the image first.
+    """
+    if not hasattr(inputs, "geometry"):
+        raise ValueError("these inputs do not say what image they are of; model.prepare makes them")
+    vision, *readers = stacks
+    lines: list[dict[str, Any]] = []
+    for image, geometry in enumerate(inputs.geometry):
+        left, top, right, bottom = geometry.crop
+        width, height = (right - left) / grid, (bottom - top) / grid
+        lines.append({"stack": vision, "row": image, "position": 0})
+        for patch in range(grid * grid):
+            row, column = divmod(patch, grid)
+            x, y = left + column * width, top + row * height
+            lines.append(
+                {"stack": vision, "row": image, "position": patch + 1}
+                | {"patch_row": row, "patch_column": column}
+                | {"left": x, "top": y, "right": x + width, "bottom": y + height}
+            )
+    if "input_ids" in inputs:
+        for row, ids in enumerate(inputs["input_ids"]):
+            for position, token in enumerate(to_str(ids)):
+                lines.append(
+                    {"stack": readers[0], "row": row, "position": position, "token": token}
+                )
+    columns = ["stack", "row", "position", "token", "patch_row", "patch_column"]
+    frame = pd.DataFrame(lines, columns=[*columns, "left", "top", "right", "bottom"])
+    return frame.astype({"patch_row": "Int64", "patch_column": "Int64"})

@@ -1,27 +1,22 @@
-"""Weights into models and back: memory-mapped where they can stay as they are."""
+"""Weights into models: memory-mapped where they can stay as they are."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
+import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from weights_conversion import Checkpoint, plan
-from weights_conversion.rules import Rule, Step
+from weights_conversion import Checkpoint, InMemory, plan
+from weights_conversion.rules import Rule, Shape, Step
 
-PART_BYTES = 2**27  # how much of a file is open at a time while it is converted
+SLACK = 0.05  # how far a conversion may exceed the size of what it makes
 
 
 def assign(
     model: nn.Module,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | InMemory,
     rules: list[Rule],
     dtype: torch.dtype | None,
     device: torch.device | str | None,
@@ -33,7 +28,7 @@ def assign(
         checkpoint: where the tensors are.
         rules: the table of its layout.
         dtype: what to convert to; None keeps the released numbers, memory-mapped.
-        device: where to put them; None for the CPU.
+        device: where to put them; None leaves them where they are, the CPU for files.
 
     Raises:
         weights_conversion.ConversionError: the checkpoint does not fit the model.
@@ -42,12 +37,8 @@ def assign(
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     steps = plan(checkpoint.shapes, rules, shapes, checkpoint.same)
     filled: dict[str, Tensor] = {}
-    for part in _parts(steps, checkpoint) if dtype or device else [steps]:
-        tensors = checkpoint.read(step.source for step in part)
-        for step in part:
-            for target, value in step.apply(tensors[step.source]).items():
-                filled[target] = value.to(device=device, dtype=dtype)
-        del tensors
+    for part in _parts(steps, checkpoint.shapes, dtype) if dtype or device else [steps]:
+        filled |= _read(checkpoint, part, dtype, device)
     fresh = {
         id(parameters[name]): nn.Parameter(filled[name], requires_grad=False) for name in filled
     }
@@ -57,36 +48,38 @@ def assign(
                 module._parameters[name] = fresh[id(parameter)]
 
 
-def _parts(steps: list[Step], checkpoint: Checkpoint) -> Iterator[list[Step]]:
-    part: list[Step] = []
-    size = 0
-    for step in steps:
-        part.append(step)
-        size += 4 * torch.Size(checkpoint.shapes[step.source]).numel()
-        if size > PART_BYTES:
-            yield part
-            part, size = [], 0
-    yield part
+def _read(
+    checkpoint: Checkpoint | InMemory,
+    steps: list[Step],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> dict[str, Tensor]:
+    tensors = checkpoint.read(step.source for step in steps)
+    return {
+        target: value.to(device=device, dtype=dtype)
+        for step in steps
+        for target, value in step.apply(tensors[step.source]).items()
+    }
 
 
-def save(
-    folder: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], processor: Any
-) -> None:
-    """Writes a folder that transformers reads; it appears whole or not at all.
+def _parts(
+    steps: list[Step], shapes: Mapping[str, Shape], dtype: torch.dtype | None
+) -> Iterator[list[Step]]:
+    """Runs of steps such that what is made and what is mapped to make it stay near the whole.
 
-    Args:
-        folder: where to; files of the same names are replaced.
-        tensors: the weights, under the layout's names.
-        config: the `config.json`.
-        processor: its files are written too; None writes none.
+    The largest come first, and long runs with them, while little else is in memory.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as made:
-        weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(weights, Path(made, "model.safetensors"), metadata={"format": "pt"})
-        if processor is not None:
-            processor.save_pretrained(made)
-        Path(made, "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        for file in Path(made).iterdir():
-            shutil.move(file, folder / file.name)
+    numbers = {step.source: math.prod(shapes[step.source]) for step in steps}
+    each = torch.float32.itemsize if dtype is None else dtype.itemsize
+    limit = (1 + SLACK) * each * sum(numbers.values())
+    part: list[Step] = []
+    made = mapped = 0
+    for step in sorted(steps, key=lambda step: -numbers[step.source]):
+        count = numbers[step.source]
+        if part and made + each * count + mapped + 4 * count > limit:
+            yield part
+            part, mapped = [], 0
+        part.append(step)
+        made += each * count
+        mapped += 4 * count  # as in every released file
+    yield part

@@ -1,0 +1,61 @@
+"""`python -m weights_conversion model.pth out/`: a released file to safetensors and config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    source: Annotated[Path, typer.Argument(help="A released BLIP file, such as model_base.pth.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it appears whole or not.")],
+    task: Annotated[
+        str | None,
+        typer.Option(help="itm, captioning or vqa, for a pre-training file, which serves several."),
+    ] = None,
+    processor: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hub name with the tokenizer.", show_default="bert-base-uncased"
+        ),
+    ] = None,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STACK=NUMBER",
+            help="Heads of vision, text or decoder, if not 64 wide, such as text=4. Repeatable.",
+        ),
+    ] = None,
+) -> None:
+    """Converts a released checkpoint to safetensors and config.json.
+
+    The folder has the layout of transformers where that has a class for it, else our own;
+    HookedBLIP.from_pretrained reads both.
+    """
+    overrides = {}
+    for one in heads or []:
+        stack, _, number = one.partition("=")
+        if not number.isdecimal():
+            raise typer.BadParameter(f"{one!r} is not STACK=NUMBER", param_hint="--heads")
+        overrides[stack] = {"n_heads": int(number)}
+    if not source.is_file():
+        raise typer.BadParameter(f"there is no file {str(source)!r}", param_hint="SOURCE")
+    # Imported here, so that --help answers at once.
+    from weights_conversion import blip
+
+    try:
+        cfg, config = blip.convert_file(source, out, task, processor, overrides)
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    kind = "transformers" if config["model_type"] == "blip" else "hooked_vlm alone"
+    typer.echo(f"{out}: a BLIP for {cfg.task}, in the layout of {kind}")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m weights_conversion")
