@@ -80,7 +80,7 @@ class Attention(nn.Module):
         self.hook_z = HookPoint(2, heads)  # [batch, query, head, d_head]
         self.hook_result = HookPoint(2, heads)  # [batch, query, head, d_model]
 
-    def _heads(self, x: Tensor) -> Float[Tensor, "batch pos head d_head"]:
+    def _heads(self, x: Tensor) -> Float[Tensor, "*batch head d_head"]:
         return x.unflatten(-1, (self.n_heads, self.d_head))
 
     def _join(
@@ -97,14 +97,14 @@ class Attention(nn.Module):
             fused = F.scaled_dot_product_attention(_fold(q, groups), k, v, attn_mask=mask)
             z = _unfold(fused, batch).transpose(1, 2)
         else:
-            scores = _fold(q, groups) @ k.mT * self.d_head**-0.5
+            scores = _fold(q * self.d_head**-0.5, groups) @ k.mT
             lowest = torch.finfo(scores.dtype).min
             if mask is not None:
                 scores = scores.masked_fill(~mask, lowest)
             scores = self.hook_attn_scores(_unfold(scores, batch))
             pattern = scores.softmax(-1)
             if mask is not None or self.hook_attn_scores.written:
-                pattern = pattern.masked_fill((scores == lowest).all(-1, keepdim=True), 0)
+                pattern = pattern.masked_fill((scores <= lowest).all(-1, keepdim=True), 0)
             pattern = self.hook_pattern(pattern)
             z = _unfold(_fold(pattern, groups) @ v, batch).transpose(1, 2)
         z = self.hook_z(z)
@@ -175,8 +175,8 @@ class SelfAttention(Attention):
             past: a `transformers.Cache` of earlier keys and values, which gets the new ones.
             layer: this block's number in `past`.
         """
-        kv_in = self.hook_kv_in(x)
         q = self.hook_q(self._heads(self.q(self.hook_q_in(x)[:, queries])))
+        kv_in = self.hook_kv_in(x)
         k = self.hook_k(self._heads(self.k(kv_in)))
         v = self.hook_v(self._heads(self.v(kv_in)))
         if past is not None:

@@ -72,18 +72,21 @@ class PreNormBlock(nn.Module):
     def __init__(self, cfg: StackConfig, layer: int):
         super().__init__()
         self.layer = layer
+        # In the order in which they run. Points are [batch, pos, d_model].
+        self.hook_resid_pre = HookPoint()
         self.ln1 = LayerNorm(cfg.d_model, cfg.eps)
         self.attn = SelfAttention(cfg)
-        self.ln2 = LayerNorm(cfg.d_model, cfg.eps)
-        self.mlp = MLP(cfg)
-        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model], as all below
         self.hook_attn_out = HookPoint()
         self.hook_resid_mid = HookPoint()
         self.hook_mlp_in = HookPoint()
+        self.ln2 = LayerNorm(cfg.d_model, cfg.eps)
+        self.mlp = MLP(cfg)
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
 
-    def forward(self, x: Stream, context: Context, start: Part = "attn") -> Stream:
+    def forward(
+        self, x: Stream, context: Context, start: Part = "attn"
+    ) -> Float[Tensor, "batch wanted d_model"]:
         """Runs the block, or what of it comes from the part `start` on."""
         if start == "attn":
             context.keep(self.layer, "attn", x)
@@ -119,25 +122,28 @@ class PostNormBlock(nn.Module):
     def __init__(self, cfg: TextConfig, layer: int):
         super().__init__()
         self.layer = layer
+        # In the order in which they run. Points are [batch, pos, d_model].
+        self.hook_resid_pre = HookPoint()
         self.attn = SelfAttention(cfg)
-        self.ln1 = LayerNorm(cfg.d_model, cfg.eps)
-        self.cross_attn = CrossAttention(cfg, cfg.d_source)
-        self.ln_cross = LayerNorm(cfg.d_model, cfg.eps)
-        self.mlp = MLP(cfg)
-        self.ln2 = LayerNorm(cfg.d_model, cfg.eps)
-        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model], as all below
         self.hook_attn_out = HookPoint()
         self.hook_resid_mid = HookPoint()
+        self.ln1 = LayerNorm(cfg.d_model, cfg.eps)
         self.hook_normalized_resid_mid = HookPoint()
+        self.cross_attn = CrossAttention(cfg, cfg.d_source)
         self.hook_cross_attn_out = HookPoint()
         self.hook_resid_mid_cross = HookPoint()
+        self.ln_cross = LayerNorm(cfg.d_model, cfg.eps)
         self.hook_normalized_resid_mid_cross = HookPoint()
         self.hook_mlp_in = HookPoint()
+        self.mlp = MLP(cfg)
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
+        self.ln2 = LayerNorm(cfg.d_model, cfg.eps)
         self.hook_normalized_resid_post = HookPoint()
 
-    def forward(self, x: Stream, context: Context, start: Part = "attn") -> Stream:
+    def forward(
+        self, x: Stream, context: Context, start: Part = "attn"
+    ) -> Float[Tensor, "batch wanted d_model"]:
         """Runs the block, or what of it comes from the part `start` on."""
         if start == "attn":
             context.keep(self.layer, "attn", x)

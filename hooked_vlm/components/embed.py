@@ -25,7 +25,7 @@ class PatchEmbed(nn.Module):
         self, pixel_values: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch pos d_model"]:
         size = self.cfg.image_size
-        if pixel_values.shape[-2:] != (size, size):
+        if pixel_values.shape[1:] != (3, size, size):
             raise ValueError(
                 f"pixel_values is {list(pixel_values.shape)}, the model reads images of "
                 f"{size} x {size} pixels; model.prepare(images, text) makes them"

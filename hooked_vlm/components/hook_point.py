@@ -42,7 +42,7 @@ class HookPoint(LensHookPoint):
         self.heads: dict[int, HookPoint] = {}
         # The position axis in the batched layout (TransformerLens' word for it).
         self.pos_dim = 2 if head_axis == 1 else 1
-        self._readers: set[int] = set()  # ids of the forward hooks that only read
+        self._readers: set[int] = set()  # ids of the hooks that only read
 
     @property
     def listening(self) -> bool:
@@ -96,15 +96,17 @@ class HookPoint(LensHookPoint):
         """
 
         def checked(tensor: Tensor, hook: LensHookPoint) -> Any:
-            result = user_hook(tensor, hook=hook)
+            # A gradient may serve several points; in `forward`, activations are copied once.
+            given = tensor.clone() if dir == "bwd" else tensor
+            result = user_hook(given, hook=hook)
             if result is None:
-                return None
+                return given if dir == "bwd" and given._version else None
             value = result[0] if dir == "bwd" and isinstance(result, tuple) else result
             _check_result(value, tensor, str(self.name))
             return result
 
         user_hook = hook
-        reader = dir == "fwd" and getattr(hook, "reads_only", False)
+        reader = getattr(hook, "reads_only", False)
         handle = super().add_hook(
             hook if reader else checked, dir, is_permanent, level, prepend, alias_names
         )
@@ -120,7 +122,9 @@ class HookPoint(LensHookPoint):
         level: int | None = None,
     ) -> None:
         """Removes hooks of the point and of its heads; see TransformerLens."""
-        super().remove_hooks(dir, including_permanent, level)
+        if self.fwd_hooks or self.bwd_hooks:
+            super().remove_hooks(dir, including_permanent, level)
+            self._readers &= {handle.hook.id for handle in self.fwd_hooks + self.bwd_hooks}
         for head in self.heads.values():
             head.remove_hooks(dir, including_permanent, level)
 
@@ -133,6 +137,11 @@ class HookPoint(LensHookPoint):
     def written(self) -> bool:
         """Whether a hook of the point or of one of its heads may change the activation."""
         return self.has_writers or any(head.has_writers for head in self.heads.values())
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether nobody here may change the activation or asks for its gradient."""
+        return not (self.written or self._backward_hooks)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.listening:

@@ -26,3 +26,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         return self.fc_out(self.hook_post(self.act(self.hook_pre(self.fc_in(x)))))
+
+    # TransformerLens' names: views of the released weights.
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        """Input weights."""
+        return self.fc_in.weight.mT
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """Output weights."""
+        return self.fc_out.weight.mT

@@ -27,6 +27,11 @@ class LayerNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         if not (self.hook_scale.listening or self.hook_normalized.listening):
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        centred = x - x.mean(-1, keepdim=True)
-        scale = self.hook_scale((centred.square().mean(-1, keepdim=True) + self.eps).sqrt())
-        return self.hook_normalized(centred / scale) * self.weight + self.bias
+        if self.hook_scale.reads_only:
+            normalized, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
+            self.hook_scale(rstd.reciprocal().to(x.dtype))
+        else:
+            centred = x - x.mean(-1, keepdim=True)
+            scale = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
+            normalized = centred / self.hook_scale(scale)
+        return torch.addcmul(self.bias, self.hook_normalized(normalized), self.weight)

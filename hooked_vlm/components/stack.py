@@ -142,12 +142,23 @@ class Stack(nn.Module, Generic[Block]):
     @property
     def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
         """Input weights of the MLPs."""
-        return torch.stack([block.mlp.fc_in.weight.mT for block in self.blocks])
+        return torch.stack([block.mlp.W_in for block in self.blocks])
 
     @property
     def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
         """Output weights of the MLPs."""
-        return torch.stack([block.mlp.fc_out.weight.mT for block in self.blocks])
+        return torch.stack([block.mlp.W_out for block in self.blocks])
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """What the output biases add to the stream before a layer; see TransformerLens."""
+        biases = [torch.zeros_like(self.blocks[0].attn.b_O)]
+        for index, block in enumerate(self.blocks[: layer + mlp_input]):
+            biases.append(block.attn.b_O)
+            if include_mlp_biases and index < layer:
+                biases.append(block.mlp.fc_out.bias)
+        return torch.stack(biases).sum(0)
 
 
 class VisionStack(Stack[PreNormBlock]):
@@ -163,10 +174,10 @@ class VisionStack(Stack[PreNormBlock]):
         self.cfg = cfg
         self.embed = PatchEmbed(cfg)
         self.pos_embed = nn.Parameter(torch.zeros(1, cfg.n_ctx, cfg.d_model))
-        self.blocks = nn.ModuleList([PreNormBlock(cfg, layer) for layer in range(cfg.n_layers)])
-        self.ln_final = LayerNorm(cfg.d_model, cfg.eps)
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
         self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
+        self.blocks = nn.ModuleList([PreNormBlock(cfg, layer) for layer in range(cfg.n_layers)])
+        self.ln_final = LayerNorm(cfg.d_model, cfg.eps)
 
     def embeddings(
         self, pixel_values: Float[Tensor, "batch 3 height width"], *, grad: bool = False
@@ -194,10 +205,10 @@ class TextStack(Stack[PostNormBlock]):
         self.cfg: TextConfig = cfg
         self.embed = TokenEmbed(cfg)
         self.pos_embed = nn.Parameter(torch.zeros(cfg.n_ctx, cfg.d_model))
-        self.ln_embed = LayerNorm(cfg.d_model, cfg.eps)
-        self.blocks = nn.ModuleList([PostNormBlock(cfg, layer) for layer in range(cfg.n_layers)])
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
         self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
+        self.ln_embed = LayerNorm(cfg.d_model, cfg.eps)
+        self.blocks = nn.ModuleList([PostNormBlock(cfg, layer) for layer in range(cfg.n_layers)])
 
     def embeddings(
         self, input_ids: Int[Tensor, "batch pos"], *, offset: int = 0, grad: bool = False
@@ -252,10 +263,10 @@ class Unembed(nn.Module):
         super().__init__()
         self.dense = nn.Linear(cfg.d_model, cfg.d_model)
         self.act = ACT2FN[cfg.activation]
-        self.ln = LayerNorm(cfg.d_model, cfg.eps)
-        self.out = nn.Linear(cfg.d_model, cfg.d_vocab)
         self.hook_pre = HookPoint()  # [batch, pos, d_model]
         self.hook_post = HookPoint()  # [batch, pos, d_model]
+        self.ln = LayerNorm(cfg.d_model, cfg.eps)
+        self.out = nn.Linear(cfg.d_model, cfg.d_vocab)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         return self.out(self.ln(self.hook_post(self.act(self.hook_pre(self.dense(x))))))

@@ -1,0 +1,256 @@
+"""A resumed pass equals the full one, and computes nothing that its site cannot reach."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zoo import ZOO, Member, error
+
+from hooked_vlm import HookedVLM
+
+ITM, CAPTIONING, VQA = ZOO
+EXACT = 1e-10
+each_task = pytest.mark.parametrize("member", ZOO, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def no_hook_stays():
+    yield
+    for member in ZOO:
+        built(member).reset_hooks()
+
+
+@functools.cache
+def built(member: Member) -> HookedVLM:
+    return member.model()
+
+
+def perturb(x, hook):
+    """Depends on the row, the position and the point, but not on the size of the batch."""
+    noise = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(len(hook.name)))
+    return x + noise.to(x).abs() * (
+        1 + x.flatten(1).clamp(-9, 9).mean(1).cos().view(-1, *[1] * (x.dim() - 1))
+    )
+
+
+def chosen(inputs, rows):
+    """The rows of a batch, of which one image may serve all."""
+    return {k: v if len(v) == 1 != len(inputs["input_ids"]) else v[rows] for k, v in inputs.items()}
+
+
+def check(model, inputs, base, names, rows):
+    hooks = [(name, perturb) for name in names]
+    resumed = model.resume(base, names, rows=rows, fwd_hooks=hooks)
+    naive = model.run_with_hooks(**chosen(inputs, rows), fwd_hooks=hooks)
+    assert error(resumed, naive) < EXACT, (names, rows)
+    return naive
+
+
+@each_task
+def test_every_site_resumes_exactly(member):
+    model, inputs = built(member), member.inputs(3)
+    base = model.base_run(**inputs)
+    assert error(base.logits, model(**inputs)) < 1e-14
+    for name in model.hook_names(heads=True):
+        if ".heads.0." in name:
+            continue  # head 1 and its siblings stand for it
+        naive = check(model, inputs, base, [name], [2, 0, 2])
+        assert error(naive, base.logits[[2, 0, 2]]) > 1e-7, name
+    assert model.list_hooks() == {}
+
+
+@each_task
+def test_one_image_serves_many_texts(member):
+    model, inputs = built(member), member.inputs(4, images=1)
+    base = model.base_run(**inputs)
+    for glob in ("hook_image_embeds", "vision.blocks.1.hook_resid_mid", "*.blocks.0.cross_attn.*"):
+        for name in model.hook_dict.match(glob):
+            check(model, inputs, base, [name], [3, 1])
+
+
+class Calls:
+    """Counts the calls of modules, and the rows that they are given."""
+
+    def __init__(self, model, *names):
+        self.rows = {}
+        self.handles = [
+            module.register_forward_hook(functools.partial(self.count, name))
+            for name, module in model.named_modules()
+            if name.endswith(names)
+        ]
+
+    def count(self, name, module, args, output):
+        self.rows.setdefault(name, []).append(len(args[0]))
+
+    def __enter__(self):
+        return self.rows
+
+    def __exit__(self, *error):
+        for handle in self.handles:
+            handle.remove()
+
+
+@each_task
+def test_nothing_is_projected_twice(member):
+    """Keys and values of an unchanged stack are read from the base; the image's made once."""
+    model, inputs = built(member), member.inputs(4, images=1)
+    reader = "text" if "text" in model.stacks else "decoder"
+    with Calls(model, "cross_attn.k", "cross_attn.v") as rows:
+        base = model.base_run(**inputs)
+    assert rows[f"{reader}.blocks.0.cross_attn.k"] == [1]
+    site = f"{reader}.blocks.0.cross_attn.heads.1.hook_z"
+    with Calls(model, "attn.q", "cross_attn.k", "cross_attn.v", "patch") as rows:
+        model.resume(base, site, rows=[0, 1, 1, 3, 3, 3], fwd_hooks=[(site, perturb)])
+    assert rows.pop(f"{reader}.blocks.0.cross_attn.q") == [6]
+    assert rows.pop(f"{reader}.blocks.1.attn.q") == [6]
+    assert not any(name.startswith(("vision", f"{reader}.blocks.0")) for name in rows)
+    if member is VQA:  # the decoder reads the question, which changed
+        assert rows.pop("decoder.blocks.0.cross_attn.k") == [6]
+        assert not any(name.startswith("decoder.blocks.0.attn") for name in rows)
+    else:
+        assert not any(name.endswith(("cross_attn.k", "cross_attn.v")) for name in rows)
+
+
+@pytest.mark.parametrize("member", [VQA], ids=str)
+def test_answers_that_share_a_question_share_its_keys(member):
+    model, inputs = built(member), member.inputs(3)
+    base = model.base_run(**inputs)
+    site = "decoder.blocks.1.hook_resid_pre"
+    with Calls(model, "cross_attn.k", "attn.q") as rows:
+        check_rows = [0, 0, 0, 2, 2, 2]
+        model.resume(base, site, rows=check_rows, fwd_hooks=[(site, perturb)])
+    assert rows == {"decoder.blocks.1.attn.q": [6], "decoder.blocks.1.cross_attn.q": [6]}
+    for rows in (check_rows, [2, 0, 0], [1]):
+        check(model, inputs, base, [site], rows)
+
+
+@each_task
+def test_points_before_the_site_do_not_fire(member):
+    model, inputs = built(member), member.inputs(2)
+    reader = "text" if "text" in model.stacks else "decoder"
+    fired = []
+    every = lambda x, hook: fired.append(hook.name)  # noqa: E731
+    model.run_with_hooks(**inputs, fwd_hooks=[("*", every)])
+    order = list(fired)
+    base = model.base_run(**inputs)
+    site = f"{reader}.blocks.1.cross_attn.hook_q"
+    after = order[order.index(f"{reader}.blocks.1.cross_attn.hook_q_in") :]
+    after = [n for n in after if ".cross_attn.hook_kv_in" not in n]
+    fired.clear()
+    model.resume(base, site, fwd_hooks=[(after, every)])
+    assert [name for name in fired if name.startswith((reader, "hook"))] == [
+        name for name in after if name.startswith((reader, "hook"))
+    ]
+    assert not any(name.startswith("vision") for name in fired)
+
+
+@pytest.mark.parametrize("member", [VQA], ids=str)
+def test_several_sites_and_later_hooks(member):
+    model, inputs = built(member), member.inputs(3)
+    base = model.base_run(**inputs)
+    for names in (
+        ["text.blocks.1.mlp.hook_post", "text.blocks.0.cross_attn.hook_v"],
+        ["decoder.blocks.0.hook_resid_pre", "text.blocks.1.hook_mlp_out"],
+        ["vision.blocks.1.attn.hook_pattern", "decoder.hook_embed", "unembed.hook_post"],
+        ["decoder.blocks.1.cross_attn.hook_kv_in", "decoder.blocks.1.cross_attn.hook_k"],
+    ):
+        check(model, inputs, base, names, [1, 2, 1])
+
+
+@each_task
+def test_standing_hooks_are_heeded(member):
+    model, inputs = built(member), member.inputs(3)
+    standing = [
+        ("vision.blocks.0.hook_mlp_out", perturb),
+        ("*.blocks.1.attn.hook_pattern", perturb),
+    ]
+    plain = model(**inputs)
+    with model.hooks(standing):
+        base = model.base_run(**inputs)
+        site = "hook_image_embeds"
+        naive = check(model, inputs, base, [site], [1, 0])
+        reader = "text" if "text" in model.stacks else "decoder"
+        check(model, inputs, base, [f"{reader}.blocks.1.hook_resid_pre"], [1, 0])
+    assert error(base.logits, plain) > 1e-7 and error(naive, plain[[1, 0]]) > 1e-7
+    with pytest.raises(ValueError, match="standing hooks have changed"):
+        model.resume(base, site)
+
+
+@pytest.mark.parametrize("member", [ITM], ids=str)
+def test_refusals(member):
+    model, inputs = member.model(), member.inputs(3)
+    base = model.base_run(**inputs)
+    site = "text.blocks.1.hook_resid_pre"
+    for rows in ([3], [-1], []):
+        with pytest.raises(ValueError, match="rows of the base, 0 to 2"):
+            model.resume(base, site, rows=rows)
+    for early in (
+        "text.blocks.0.hook_resid_post",
+        "vision.blocks.1.hook_resid_post",
+        "*.hook_embed",
+    ):
+        with pytest.raises(ValueError, match="would not fire"):
+            model.resume(base, site, fwd_hooks=[(early, perturb)])
+    with pytest.raises(KeyError, match="Nearest"):
+        model.resume(base, "text.blocks.1.hook_resid")
+    assert error(model.resume(base, site), base.logits) < EXACT
+    inputs["input_ids"][0, 1] = 5
+    with pytest.raises(ValueError, match="inputs"):
+        model.resume(base, site)
+    base = model.base_run(**inputs)
+    model.text.blocks[0].attn.q.weight.mul_(2)
+    with pytest.raises(ValueError, match="weights"):
+        model.resume(base, site)
+    base = model.base_run(**inputs)
+    model.add_hook("vision.hook_embed", perturb)
+    with pytest.raises(ValueError, match="standing hooks"):
+        model.resume(base, site)
+    assert list(model.list_hooks()) == ["vision.hook_embed"]
+
+
+@each_task
+def test_gradients_of_a_resumed_pass(member):
+    """A backward hook sees the gradient that the full pass gives, at the site and behind it."""
+    model, inputs = built(member), member.inputs(3)
+    base = model.base_run(**inputs)
+    reader = "text" if "text" in model.stacks else "decoder"
+    names = [f"{reader}.blocks.0.cross_attn.hook_q", f"{reader}.blocks.1.attn.hook_z"]
+    _, cache = model.run_with_cache(
+        **inputs, names_filter=names, incl_bwd=True, metric=lambda x: x.square().sum()
+    )
+    seen = {}
+    keep = lambda grad, hook: seen.update({hook.name: grad.clone()})  # noqa: E731
+    logits = model.resume(base, names[0], bwd_hooks=[(names, keep)], reset_hooks_end=False)
+    logits.square().sum().backward()
+    model.reset_hooks()
+    for name in names:
+        assert error(seen[name], cache[f"{name}_grad"], 0.0) < 1e-9, name
+
+
+@each_task
+def test_in_place_hooks_leave_the_base_alone(member):
+    model, inputs = built(member), member.inputs(2)
+    base = model.base_run(**inputs, names_filter=None)
+    before = {name: value.clone() for name, value in base.cache.items()}
+    for glob in ("*.blocks.0.*hook_resid_pre", "*.cross_attn.hook_*", "hook_image_embeds"):
+        for name in model.hook_dict.match(glob):
+            model.resume(base, name, fwd_hooks=[(name, lambda x, hook: x.zero_())])
+    reader = "text" if "text" in model.stacks else "decoder"
+    for site in (f"{reader}.blocks.0.hook_resid_pre", "vision.blocks.0.hook_resid_pre"):
+        assert error(model.resume(base, site), base.logits) < EXACT
+    assert all(torch.equal(base.cache[name], value) for name, value in before.items())
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_sites_and_rows(data):
+    member = data.draw(st.sampled_from(ZOO))
+    images = data.draw(st.sampled_from([1, 3]))
+    model, inputs = built(member), member.inputs(3, images=images)
+    names = data.draw(
+        st.lists(st.sampled_from(model.hook_names(heads=True)), min_size=1, max_size=3, unique=True)
+    )
+    rows = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=5))
+    check(model, inputs, model.base_run(**inputs), names, rows)
