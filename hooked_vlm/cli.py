@@ -66,7 +66,9 @@ def patch(
     ] = FirstToken.cls,
     out: Annotated[Path, typer.Option(help="A folder for pictures and tables.")] = Path("patch"),
     top: Annotated[int, typer.Option(help="Rows of the table.")] = 10,
-    seed: Annotated[int, typer.Option(help="Which pair of the shapes world, if none is given.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Which pair of the shapes world, if none is given.")
+    ] = 0,
     task: Task = None,
     processor: Processor = None,
     revision: Revision = None,

@@ -95,7 +95,11 @@ def _table(result: P.PatchingResult, top: int) -> Table:
 
 def _attention(model: HookedVLM, pair: Pair, site: Site, swept: dict[str, object]) -> object:
     """The strongest head's attention from the token where its patch restores the most."""
-    if site.head is None or not site.component.startswith("cross_attn.") or site.stack != _reader(model):
+    if (
+        site.head is None
+        or not site.component.startswith("cross_attn.")
+        or site.stack != _reader(model)
+    ):
         return None
     z = f"{site.stack}.blocks.{site.layer}.cross_attn.heads.{site.head}.hook_z"
     each = P.activation_patching(model, pair, z, positions="each", progress=False, **swept)

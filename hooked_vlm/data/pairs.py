@@ -84,7 +84,9 @@ def read_pairs(file: str | Path) -> list[Pair]:
         where = f"{file}, line {number}"
         if unknown := set(row) - set(COLUMNS):
             raise ValueError(f"{where}: no field {sorted(map(str, unknown))}; known are {COLUMNS}")
-        values: dict[str, Any] = {key: value for key, value in row.items() if value not in ("", None)}
+        values: dict[str, Any] = {
+            key: value for key, value in row.items() if value not in ("", None)
+        }
         if missing := {"image", "text"} - set(values):
             raise ValueError(f"{where}: {' and '.join(sorted(missing))} missing")
         for key in ("image", "corrupt_image"):
@@ -160,9 +162,7 @@ def shapes_pairs(
         elif corrupt == "text":
             corrupt_text, corrupt_image = other.caption(), None
         name = f"{index}: {scenes.attribute}"
-        made.append(
-            Pair(clean.image(size), text, corrupt_image, corrupt_text, answer, foil, name)
-        )
+        made.append(Pair(clean.image(size), text, corrupt_image, corrupt_text, answer, foil, name))
     return made
 
 

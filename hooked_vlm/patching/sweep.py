@@ -118,7 +118,8 @@ def _prepare(model: HookedVLM, pair: Pair, first_token: Literal["cls", "enc"]) -
         ValueError: texts of different numbers of tokens.
     """
     inputs = model.prepare_prompt(pair.images, pair.texts, first_token=first_token)
-    lengths = inputs["attention_mask"].sum(1).tolist() if "attention_mask" in inputs else [0, 0]
+    mask = inputs.get("attention_mask")
+    lengths = [0, 0] if mask is None else mask.sum(1).tolist()
     if lengths[0] != lengths[1]:
         said = [" ".join(model.to_str_tokens(text)) for text in pair.texts or []]
         raise ValueError(
@@ -162,9 +163,7 @@ def _batches(model: HookedVLM, cells: list[Cell], max_rows: int) -> Iterator[lis
             yield together[first : first + max_rows]
 
 
-def _patched(
-    model: HookedVLM, base: Base, batch: list[Cell], source: int, start: int
-) -> Tensor:
+def _patched(model: HookedVLM, base: Base, batch: list[Cell], source: int, start: int) -> Tensor:
     """Logits of the batch, row by row the base's row `start` with one site patched."""
     by_module: dict[str, list[tuple[int, Site]]] = {}
     for row, (_, site) in enumerate(batch):
