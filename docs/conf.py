@@ -1,11 +1,11 @@
 """Sphinx configuration; `make docs` builds with warnings as errors and without a network."""
 
-from importlib.metadata import version as installed_version
+from hooked_vlm import __version__
 
 project = "hooked-vlm"
 author = "The hooked-vlm developers"
 project_copyright = "2026, The hooked-vlm developers"
-release = version = installed_version("hooked-vlm")
+release = version = __version__
 
 extensions = [
     "myst_parser",
