@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,8 +55,21 @@ def reference(model: HookedVLM, name: str, revision: str | None) -> Any:
         if source is None:
             model.save_pretrained(folder)
             source = folder
-        hf = kind.from_pretrained(source, revision=revision, dtype=model.dtype)
+        with _quietly():
+            hf = kind.from_pretrained(source, revision=revision, dtype=model.dtype)
     return hf.to(model.device).eval()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' own progress bar."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def activations(hf: nn.Module, run: Callable[[], Any]) -> tuple[dict[str, Tensor], Any]:
@@ -113,12 +128,14 @@ def check(model: HookedVLM, name: str, *, revision: str | None = None) -> bool:
         stack = model.stack_of(point) if point != "hook_logits" else "logits"
         size = max(1.0, float(value.abs().max()))
         error = float((cache[point].double() - value.double()).abs().max()) / size
+        if math.isnan(error):
+            error = math.inf
         worst[stack] = max(worst.get(stack, (0.0, point)), (error, point))
         counts[stack] = counts.get(stack, 0) + 1
     tolerance = TOLERANCE[model.dtype]
     table = Table(title=f"{name}: against transformers {transformers.__version__}, {model.dtype}")
     for column in ("stack", "tensors", "worst error", "at", ""):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for stack, (error, point) in worst.items():
         verdict = "[green]equal[/]" if error <= tolerance else "[red]differs[/]"
         table.add_row(stack, str(counts[stack]), f"{error:.1e}", point, verdict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,14 +17,14 @@ app = typer.Typer(
 )
 
 
-class Direction(str, Enum):
+class Direction(StrEnum):
     """Which run is patched into which."""
 
     denoise = "denoise"
     noise = "noise"
 
 
-class FirstToken(str, Enum):
+class FirstToken(StrEnum):
     """What stands in front of a text."""
 
     cls = "cls"
@@ -65,9 +65,9 @@ def patch(
         FirstToken, typer.Option(help="[CLS] as in transformers, [ENC] as in BLIP's training.")
     ] = FirstToken.cls,
     out: Annotated[Path, typer.Option(help="A folder for pictures and tables.")] = Path("patch"),
-    top: Annotated[int, typer.Option(help="Rows of the table.")] = 10,
+    top: Annotated[int, typer.Option(help="Rows of the table.", min=1)] = 10,
     seed: Annotated[
-        int, typer.Option(help="Which pair of the shapes world, if none is given.")
+        int, typer.Option(help="Which pair of the shapes world, if none is given.", min=0)
     ] = 0,
     task: Task = None,
     processor: Processor = None,
@@ -80,13 +80,21 @@ def patch(
     from hooked_vlm.data import Pair, read_pairs, shapes_pairs
 
     try:
+        single = (image, text, corrupt_image, corrupt_text, answer, foil)
+        if data is not None and any(given is not None for given in single):
+            raise ValueError(
+                "--data holds whole pairs: leave out --image, --text, --corrupt-image, "
+                "--corrupt-text, --answer and --foil"
+            )
+        if image is None and any(given is not None for given in single):
+            raise ValueError("--image is missing: the clean image")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {str(out)!r} is a file; name a folder")
         opened = _open(model, task, processor, revision, device, dtype)
         if data is not None:
             pairs = read_pairs(data)
         elif image is not None:
             pairs = [Pair(image, text, corrupt_image, corrupt_text, answer, foil, image.name)]
-        elif any(given is not None for given in (text, corrupt_image, corrupt_text)):
-            raise ValueError("--image is missing: the clean image")
         else:
             pairs = shapes_pairs(1, seed, opened.task, "relation", size=192)
         report.patch(
@@ -134,6 +142,11 @@ def _open(
 
     from hooked_vlm import HookedBLIP
 
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device!r} cannot be used: {error}") from error
     kind = None
     if dtype is not None:
         kind = getattr(torch, dtype, None)
@@ -146,10 +159,14 @@ def _open(
 
 def _fail(error: Exception) -> None:
     said = error.args[0] if isinstance(error, KeyError) and error.args else error
-    typer.secho(f"error: {said}", fg="red", err=True)
+    typer.secho(f"error: {' '.join(str(said).split())}", fg="red", err=True)
     raise typer.Exit(2)
 
 
 def main() -> None:
     """What `hooked-vlm` runs."""
     app()
+
+
+if __name__ == "__main__":
+    main()

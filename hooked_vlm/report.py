@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -52,28 +55,41 @@ def patch(
         top: rows of the table.
 
     Raises:
-        ValueError: an unknown metric, or what `patching.activation_patching` raises.
+        ValueError: an unknown metric, pairs whose two runs do not differ, or what
+            `patching.activation_patching` raises. Nothing is written then.
     """
     if metric is not None and metric not in P.METRICS:
         raise ValueError(f"--metric {metric!r} is none of {', '.join(P.METRICS)}")
     measured = P.METRICS[metric]() if metric else None
-    swept = {"metric": measured, "direction": direction, "first_token": first_token}
+    swept: dict[str, Any] = {"metric": measured, "direction": direction, "first_token": first_token}
     result = P.activation_patching(model, pairs, sites, **swept)
+    differing = np.flatnonzero(result.restored.notnull().any(result.restored.dims[1:]).values)
+    if not len(differing):
+        clean = float(result.clean[0])
+        raise ValueError(
+            f"{result.provenance['metric']} is {clean:.3f} in the clean and in the corrupt run: "
+            "there is nothing to restore; give inputs, or an answer and a foil, that differ more"
+        )
+    figures = {"heatmap.png": result.plot()}
+    looked = _attention(model, pairs[differing[0]], result.top(1)[0], swept)
+    if looked is not None:
+        figures["attention.png"] = looked
+    files = {name: _png(figure) for name, figure in figures.items()}
+    files["result.csv"] = result.to_dataframe().to_csv(index=False).encode()
+    files["provenance.json"] = (json.dumps(result.provenance, indent=2) + "\n").encode()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (out / name).write_bytes(content)
     console = Console()
     console.print(_table(result, top))
-    out.mkdir(parents=True, exist_ok=True)
-    written = {"heatmap.png": result.plot()}
-    strongest = result.top(1)[0]
-    looked = _attention(model, pairs[0], strongest, swept)
-    if looked is not None:
-        written["attention.png"] = looked
-    for name, figure in written.items():
-        figure.savefig(out / name, dpi=150)
-    result.to_dataframe().to_csv(out / "result.csv", index=False)
-    (out / "provenance.json").write_text(json.dumps(result.provenance, indent=2) + "\n")
-    names = (*written, "result.csv", "provenance.json")
-    console.print("wrote", ", ".join(str(out / name) for name in names), soft_wrap=True)
+    console.print("wrote", ", ".join(str(out / name) for name in files), soft_wrap=True)
     return result
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format="png")
+    return buffer.getvalue()
 
 
 def _table(result: P.PatchingResult, top: int) -> Table:
@@ -93,7 +109,7 @@ def _table(result: P.PatchingResult, top: int) -> Table:
     return table
 
 
-def _attention(model: HookedVLM, pair: Pair, site: Site, swept: dict[str, object]) -> object:
+def _attention(model: HookedVLM, pair: Pair, site: Site, swept: dict[str, Any]) -> Figure | None:
     """The strongest head's attention from the token where its patch restores the most."""
     if (
         site.head is None

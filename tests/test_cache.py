@@ -71,7 +71,9 @@ def test_half_precision_runs_fused_and_open(member, dtype):
     model, inputs = built(member, dtype), member.inputs(3, dtype=dtype)
     logits = model(**inputs)
     opened, cache = model.run_with_cache(**inputs, names_filter=["*", "*hook_result"])
-    assert {value.dtype for value in cache.values()} == {dtype}
+    scale = torch.float32  # what a norm divides by stays as the fused kernel computes it
+    for name, value in cache.items():
+        assert value.dtype == (scale if name.endswith("hook_scale") else dtype), name
     exact = built(member)(**member.inputs(3))
     for value in (logits, opened):
         assert error(value.double(), exact) < (0.1 if dtype == torch.bfloat16 else 0.02)

@@ -356,15 +356,26 @@ def test_edits_of_gradients_in_place_stay_where_they_are(model, inputs):
         assert error(cache[f"{resid}_grad"], through, 0.0) < 1e-10
 
 
+@pytest.mark.parametrize(
+    "name", ["text.blocks.0.attn.heads.1.hook_z", "vision.blocks.0.attn.hook_pattern"]
+)
 @pytest.mark.parametrize("member", [ITM], ids=str)
-def test_forward_and_backward_hooks_share_a_point(model, inputs):
-    for name in ("text.blocks.0.attn.heads.1.hook_z", "vision.blocks.0.attn.hook_pattern"):
-        seen = {}
-        model.run_with_hooks(
-            **inputs,
-            fwd_hooks=[(name, lambda x, hook: x.mul_(0.5))],
-            bwd_hooks=[(name, lambda grad, hook, seen=seen: seen.update(one=grad.clone()))],
-            reset_hooks_end=False,
-        ).sum().backward()
-        model.reset_hooks()
-        assert seen["one"].isfinite().all() and seen["one"].abs().max() > 0
+def test_forward_and_backward_hooks_share_a_point(model, inputs, name):
+    """The gradient is that of what the forward hook wrote, as autograd tells it of a leaf."""
+    seen, leaf = [], []
+    model.run_with_hooks(
+        **inputs,
+        fwd_hooks=[(name, lambda x, hook: x.mul_(0.5))],
+        bwd_hooks=[(name, lambda grad, hook: seen.append(grad.clone()))],
+        reset_hooks_end=False,
+    )[:, 1].sum().backward()
+    model.reset_hooks()
+
+    def write_leaf(x, hook):
+        leaf.append((0.5 * x).requires_grad_())
+        return leaf[0]
+
+    logits = model.run_with_hooks(**inputs, fwd_hooks=[(name, write_leaf)])
+    (expected,) = torch.autograd.grad(logits[:, 1].sum(), leaf)
+    assert len(seen) == len(leaf) == 1 and expected.abs().max() > 1e-6
+    assert error(seen[0], expected, 0.0) < 1e-10

@@ -203,7 +203,7 @@ for wrong in ({{"attention_mask": inputs["attention_mask"][:, :2]}}, {{"input_id
         "images is neither a PIL image nor a path but a NoneType",
         "text 1 is empty or no string: 5",
         "text is no string and no list of them: 5",
-        "text is no string and no list of them: None",
+        "a model for task 'itm' needs a text",
         "first_token is 'cls' or 'enc', not 'dec'",
         "the attention mask of input_ids is [2, 2], input_ids is [2, 3]",
         "input_ids is missing: model.prepare(images, text) makes it",

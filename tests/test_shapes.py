@@ -181,7 +181,7 @@ def test_held_out_pairs_of_shapes_never_occur_in_training() -> None:
     def seen(split: str) -> set[frozenset[str]]:
         return {
             frozenset(shape.words for shape in scene.shapes)
-            for scene in shapes.scenes(3000, 0, split)
+            for scene in shapes.scenes(900, 0, split)
         }
 
     train, held_out = seen("train"), seen("held_out")

@@ -79,7 +79,7 @@ class Checkpoint:
     def _read_shapes(self, file: Path) -> dict[str, Shape]:
         if file.suffix == ".safetensors":
             with _open(file) as opened:
-                return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+                return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 (no dict)
         self._kept[file] = self._unpickled(file)
         return {name: tuple(tensor.shape) for name, tensor in self._kept[file].items()}
 

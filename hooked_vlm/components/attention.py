@@ -81,7 +81,8 @@ class Attention(nn.Module):
         self.hook_result = HookPoint(2, heads)  # [batch, query, head, d_model]
 
     def _heads(self, x: Tensor) -> Float[Tensor, "*batch head d_head"]:
-        return x.unflatten(-1, (self.n_heads, self.d_head))
+        heads: Tensor = x.unflatten(-1, (self.n_heads, self.d_head))
+        return heads
 
     def _join(
         self,
@@ -111,28 +112,29 @@ class Attention(nn.Module):
         if self.hook_result.listening:
             result = torch.einsum("bqhd,hdm->bqhm", z, self.W_O)
             return self.hook_result(result).sum(2) + self.o.bias
-        return self.o(z.flatten(-2))
+        out: Tensor = self.o(z.flatten(-2))
+        return out
 
     # TransformerLens' per-head weights: views of the released ones.
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
         """Query weights, head by head."""
-        return self.q.weight.unflatten(0, (self.n_heads, self.d_head)).mT
+        return self._heads(self.q.weight.mT).transpose(0, 1)
 
     @property
     def W_K(self) -> Float[Tensor, "head d_source d_head"]:
         """Key weights, head by head."""
-        return self.k.weight.unflatten(0, (self.n_heads, self.d_head)).mT
+        return self._heads(self.k.weight.mT).transpose(0, 1)
 
     @property
     def W_V(self) -> Float[Tensor, "head d_source d_head"]:
         """Value weights, head by head."""
-        return self.v.weight.unflatten(0, (self.n_heads, self.d_head)).mT
+        return self._heads(self.v.weight.mT).transpose(0, 1)
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """Output weights, head by head."""
-        return self.o.weight.mT.unflatten(0, (self.n_heads, self.d_head))
+        return self._heads(self.o.weight).permute(1, 2, 0)
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:
@@ -201,8 +203,8 @@ class CrossAttention(Attention):
         q = self.hook_q(self._heads(self.q(self.hook_q_in(x))))
         k, v, mask = self._keys_and_values(source, len(x), layer)
         if self.hook_k.listening or self.hook_v.listening:
-            k, v, mask = (_repeat(t, len(x)) for t in (k, v, mask))
-            k, v = self.hook_k(k), self.hook_v(v)
+            k, v = self.hook_k(_repeat(k, len(x))), self.hook_v(_repeat(v, len(x)))
+            mask = None if mask is None else _repeat(mask, len(x))
         return self._join(q, k, v, mask)
 
     def _keys_and_values(
@@ -219,7 +221,7 @@ class CrossAttention(Attention):
             mask = None if mask is None else _repeat(mask, batch)
             groups = None
         k, v = self._heads(self.k(states)), self._heads(self.v(states))
-        if source.kept is not None and not self.hook_kv_in.has_writers:
+        if source.kept is not None and not self.hook_kv_in.listening:  # by rows of the source
             source.kept[layer] = k, v
         return _pick(k, groups), _pick(v, groups), mask
 
@@ -228,14 +230,16 @@ def _pick(t: Tensor, rows: Tensor | None) -> Tensor:
     return t if rows is None else t[rows]
 
 
-def _repeat(t: Tensor | None, batch: int) -> Tensor | None:
-    return t if t is None or len(t) == batch else t.repeat_interleave(batch // len(t), 0)
+def _repeat(t: Tensor, batch: int) -> Tensor:
+    return t if len(t) == batch else t.repeat_interleave(batch // len(t), 0)
 
 
 def _fold(t: Tensor, groups: int) -> Float[Tensor, "groups head pos _"]:
     """Lays the rows of a group side by side along the position axis: one product serves them."""
-    return t.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2, 3)
+    runs: Tensor = t.unflatten(0, (groups, -1))
+    return runs.transpose(1, 2).flatten(2, 3)
 
 
 def _unfold(t: Tensor, batch: int) -> Float[Tensor, "batch head pos _"]:
-    return t.unflatten(2, (batch // len(t), -1)).transpose(1, 2).flatten(0, 1)
+    runs: Tensor = t.unflatten(2, (batch // len(t), -1))
+    return runs.transpose(1, 2).flatten(0, 1)

@@ -36,12 +36,12 @@ class HookPoint(LensHookPoint):
     """
 
     def __init__(self, head_axis: int | None = None, n_heads: int = 0):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.head_axis = head_axis
         self.n_heads = n_heads
         self.heads: dict[int, HookPoint] = {}
         # The position axis in the batched layout (TransformerLens' word for it).
-        self.pos_dim = 2 if head_axis == 1 else 1
+        self.pos_dim: int = 2 if head_axis == 1 else 1
         self._readers: set[int] = set()  # ids of the hooks that only read
 
     @property

@@ -25,7 +25,8 @@ class MLP(nn.Module):
         self.hook_post = HookPoint()  # [batch, pos, d_mlp]
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        return self.fc_out(self.hook_post(self.act(self.hook_pre(self.fc_in(x)))))
+        out: Tensor = self.fc_out(self.hook_post(self.act(self.hook_pre(self.fc_in(x)))))
+        return out
 
     # TransformerLens' names: views of the released weights.
     @property

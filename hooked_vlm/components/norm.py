@@ -21,17 +21,19 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(d_model))
         self.bias = nn.Parameter(torch.zeros(d_model))
-        self.hook_scale = HookPoint()  # [batch, pos, 1]
+        self.hook_scale = HookPoint()  # [batch, pos, 1], float32 in half-precision models
         self.hook_normalized = HookPoint()  # [batch, pos, d_model]
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         if not (self.hook_scale.listening or self.hook_normalized.listening):
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        wide = x if x.dtype == torch.float64 else x.float()  # as the fused kernel computes
         if self.hook_scale.reads_only:
-            normalized, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
-            self.hook_scale(rstd.reciprocal().to(x.dtype))
+            normalized, _, rstd = torch.native_layer_norm(wide, x.shape[-1:], None, None, self.eps)
+            self.hook_scale(rstd.reciprocal())
         else:
-            centred = x - x.mean(-1, keepdim=True)
+            centred = wide - wide.mean(-1, keepdim=True)
             scale = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
             normalized = centred / self.hook_scale(scale)
+        normalized = normalized.to(x.dtype)
         return torch.addcmul(self.bias, self.hook_normalized(normalized), self.weight)

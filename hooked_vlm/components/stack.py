@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -117,6 +117,11 @@ class Stack(nn.Module, Generic[Block]):
         context.keep(self.cfg.n_layers, "attn", x)
         return self.finish(x)
 
+    @property
+    def block_list(self) -> list[Block]:
+        """The blocks by their type, which `nn.ModuleList` does not know."""
+        return cast(list[Block], list(self.blocks))
+
     def embeddings(self, inputs: Tensor, *, grad: bool = False) -> Tensor:
         """What block 0 reads; with `grad`, its summands require grad."""
         raise NotImplementedError
@@ -142,19 +147,19 @@ class Stack(nn.Module, Generic[Block]):
     @property
     def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
         """Input weights of the MLPs."""
-        return torch.stack([block.mlp.W_in for block in self.blocks])
+        return torch.stack([block.mlp.W_in for block in self.block_list])
 
     @property
     def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
         """Output weights of the MLPs."""
-        return torch.stack([block.mlp.W_out for block in self.blocks])
+        return torch.stack([block.mlp.W_out for block in self.block_list])
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
         """What the output biases add to the stream before a layer; see TransformerLens."""
-        biases = [torch.zeros_like(self.blocks[0].attn.b_O)]
-        for index, block in enumerate(self.blocks[: layer + mlp_input]):
+        biases = [torch.zeros_like(self.block_list[0].attn.b_O)]
+        for index, block in enumerate(self.block_list[: layer + mlp_input]):
             biases.append(block.attn.b_O)
             if include_mlp_biases and index < layer:
                 biases.append(block.mlp.fc_out.bias)
@@ -189,7 +194,8 @@ class VisionStack(Stack[PreNormBlock]):
 
     def finish(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The final norm, of every position."""
-        return self.ln_final(x)
+        normalized: Tensor = self.ln_final(x)
+        return normalized
 
 
 class TextStack(Stack[PostNormBlock]):
@@ -222,7 +228,8 @@ class TextStack(Stack[PostNormBlock]):
         embed = self.embed(input_ids)
         pos = self.pos_embed[offset:end].expand(len(embed), -1, -1)
         embed = self.hook_embed(_needing(embed, grad)) + self.hook_pos_embed(_needing(pos, grad))
-        return self.ln_embed(embed)
+        normalized: Tensor = self.ln_embed(embed)
+        return normalized
 
     def visible(
         self, input_ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None, offset: int = 0
@@ -269,7 +276,9 @@ class Unembed(nn.Module):
         self.out = nn.Linear(cfg.d_model, cfg.d_vocab)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        return self.out(self.ln(self.hook_post(self.act(self.hook_pre(self.dense(x))))))
+        post = self.hook_post(self.act(self.hook_pre(self.dense(x))))
+        logits: Tensor = self.out(self.ln(post))
+        return logits
 
 
 def _needing(x: Tensor, grad: bool) -> Tensor:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from PIL import Image
 
@@ -30,7 +30,8 @@ class Pair:
         name: what results call the pair.
 
     Raises:
-        ValueError: a corrupt input that is not there or is the clean one.
+        ValueError: a corrupt input that is not there or is the clean one, or a corrupt text
+            without a clean one.
     """
 
     image: ImageLike
@@ -42,8 +43,9 @@ class Pair:
     name: str = ""
 
     def __post_init__(self) -> None:
-        same_image = self.corrupt_image is None or self.corrupt_image is self.image
-        if same_image and self.corrupt_text in (None, self.text):
+        if self.text is None and self.corrupt_text is not None:
+            raise ValueError(f"pair {self.name!r}: a corrupt_text needs a text to corrupt")
+        if len(self.images) == 1 and self.corrupt_text in (None, self.text):
             raise ValueError(
                 f"pair {self.name!r}: the corrupt input is the clean one; give a corrupt_image or "
                 "a corrupt_text that differs"
@@ -52,7 +54,7 @@ class Pair:
     @property
     def images(self) -> list[ImageLike]:
         """The images, clean first; one where both inputs share it."""
-        if self.corrupt_image is None or self.corrupt_image is self.image:
+        if self.corrupt_image is None or _same(self.image, self.corrupt_image):
             return [self.image]
         return [self.image, self.corrupt_image]
 
@@ -62,6 +64,12 @@ class Pair:
         if self.text is None:
             return None
         return [self.text, self.text if self.corrupt_text is None else self.corrupt_text]
+
+
+def _same(one: ImageLike, other: ImageLike) -> bool:
+    if isinstance(one, Image.Image) or isinstance(other, Image.Image):
+        return one is other
+    return Path(one) == Path(other)
 
 
 COLUMNS = tuple(field.name for field in fields(Pair))
@@ -82,16 +90,21 @@ def read_pairs(file: str | Path) -> list[Pair]:
     pairs = []
     for number, row in _rows(file):
         where = f"{file}, line {number}"
+        if None in row:
+            raise ValueError(f"{where}: more cells than columns; quote a text that has commas")
         if unknown := set(row) - set(COLUMNS):
-            raise ValueError(f"{where}: no field {sorted(map(str, unknown))}; known are {COLUMNS}")
+            raise ValueError(f"{where}: no field {sorted(unknown)}; known are {COLUMNS}")
         values: dict[str, Any] = {
             key: value for key, value in row.items() if value not in ("", None)
         }
+        for key, value in values.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{where}: {key} is no string: {value!r}")
         if missing := {"image", "text"} - set(values):
             raise ValueError(f"{where}: {' and '.join(sorted(missing))} missing")
         for key in ("image", "corrupt_image"):
             if key in values:
-                values[key] = file.parent / str(values[key])
+                values[key] = file.parent / values[key]
                 if not values[key].is_file():
                     raise ValueError(f"{where}: {key} {str(values[key])!r} is not there")
         try:
@@ -103,22 +116,36 @@ def read_pairs(file: str | Path) -> list[Pair]:
     return pairs
 
 
-def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _rows(file: Path) -> Iterator[tuple[int, Mapping[Any, Any]]]:
+    """The rows, each with the number of its line, the last one where it spans several."""
     if file.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{file} is neither .csv nor .jsonl")
-    with file.open(newline="", encoding="utf-8") as lines:
-        if file.suffix == ".csv":
-            yield from enumerate(csv.DictReader(lines), start=2)
-            return
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{file}, line {number}: no JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{file}, line {number}: no JSON object")
-                yield number, row
+    with file.open(newline="", encoding="utf-8-sig") as lines:  # spreadsheets write a mark
+        try:
+            yield from _csv(file, lines) if file.suffix == ".csv" else _jsonl(file, lines)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no text in UTF-8: {error}") from error
+
+
+def _csv(file: Path, lines: TextIO) -> Iterator[tuple[int, Mapping[Any, Any]]]:
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {reader.line_num}: no CSV: {error}") from error
+
+
+def _jsonl(file: Path, lines: TextIO) -> Iterator[tuple[int, Mapping[Any, Any]]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: no JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}, line {number}: no JSON object")
+            yield number, row
 
 
 def shapes_pairs(
@@ -154,11 +181,14 @@ def shapes_pairs(
     for index, scenes in enumerate(shapes.minimal_pairs(n, seed, attribute)):
         clean, other = scenes.clean, scenes.corrupt
         answer, foil = scenes.words
-        text, corrupt_text, corrupt_image = clean.caption(), None, other.image(size)
+        text, corrupt_text = clean.caption(), None
+        corrupt_image: Image.Image | None = other.image(size)
         if task == "vqa":
             text, answer, foil = _question(scenes)
         elif task == "captioning":
             text = text.split(f" {answer}")[0]
+            if text == "a":  # either shape could come now: the one that differs is named last
+                text = clean.reversed().caption().split(f" {answer}")[0]
         elif corrupt == "text":
             corrupt_text, corrupt_image = other.caption(), None
         name = f"{index}: {scenes.attribute}"
@@ -167,11 +197,14 @@ def shapes_pairs(
 
 
 def _question(scenes: shapes.MinimalPair) -> tuple[str, str, str]:
-    """The first two-option question about the attribute that the two scenes answer differently."""
+    """The first question about the attribute that the two scenes answer differently.
+
+    Of two-option questions, one whose foil is the other scene's answer.
+    """
     theirs = {question.text: question.answer for question in scenes.corrupt.questions()}
     for question in scenes.clean.questions():
         other = theirs.get(question.text, question.answer)
-        if question.attribute == scenes.attribute and other != question.answer:
-            if question.foil in (None, other):
-                return question.text, question.answer, other
+        differs = question.attribute == scenes.attribute and other != question.answer
+        if differs and question.foil in (None, other):
+            return question.text, question.answer, other
     raise ValueError(f"no question tells the scenes of a {scenes.attribute!r} pair apart")

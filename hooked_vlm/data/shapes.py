@@ -141,7 +141,8 @@ class Shape:
         """The share of each pixel that the outline covers, ``[size, size]`` in 0..1."""
         n = _SAMPLES_PER_PIXEL_SIDE
         inside = self._inside(size * n).reshape(size, n, size, n)
-        return cast(NDArray[np.float64], inside.mean(axis=(1, 3)))
+        share: NDArray[np.float64] = inside.mean(axis=(1, 3))
+        return share
 
     def _inside(self, size: int) -> NDArray[np.bool_]:
         x0, y0, x1, y1 = self.box

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel
 
-from hooked_vlm.components.blocks import Door
-from hooked_vlm.components.stack import Stack
+from hooked_vlm.components.stack import TextStack, Unembed
 from hooked_vlm.hub import locate
-from hooked_vlm.models.cache import ActivationCache
-from hooked_vlm.models.flow import Base, Flow, Recording, Resuming
-from hooked_vlm.models.hooked import HookedModel, Hooks
 from hooked_vlm.models.inputs import Geometry, ImageLike, check_texts, open_images, token_map
 from hooked_vlm.models.loading import assign
-from hooked_vlm.models.names import Names, Site
+from hooked_vlm.models.resumable import ResumableModel
 from weights_conversion import Checkpoint, InMemory, revert
 from weights_conversion.files import read_json, save
 from weights_conversion.rules import Rule
@@ -30,39 +26,21 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="HookedVLM")  # not Self: the tests' type checker cannot read it
 
 
-class HookedVLM(HookedModel):
+class HookedVLM(ResumableModel):
     """A vision-language model of named stacks, every activation of which can be read and written.
 
     A subclass says what its stacks are, in the order in which they run, and how one forward pass
     goes through them (`_flow`). Everything here follows from that.
     """
 
-    # The stack behind which each part of the glue is computed.
-    GLUE: ClassVar[dict[str, str]]
-
     cfg: Any
     processor: Any = None
     provenance: dict[str, Any]
 
     @property
-    def stacks(self) -> dict[str, Stack[Any]]:
-        """The stacks by name, in the order in which they run."""
-        return {name: m for name, m in self.named_children() if isinstance(m, Stack)}
-
-    @property
     def task(self) -> str:
         """What the checkpoint was trained for."""
         return str(self.cfg.task)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the weights are made of."""
-        return next(self.parameters()).dtype
 
     # --- loading and saving
 
@@ -187,8 +165,9 @@ class HookedVLM(HookedModel):
         """Images and texts to inputs of the model, on its device, by its own processor.
 
         Args:
-            images: PIL images or paths; one image may go with several texts.
-            text: one text or one per image; None where the model can do without.
+            images: PIL images or paths; one image may go with several texts, one text with several
+                images.
+            text: texts; None where the model can do without.
             first_token: `cls` leaves `[CLS]` in front, as transformers' processor does; `enc` puts
                 BLIP's `[ENC]` there, as its training and its retrieval evaluation did.
 
@@ -201,24 +180,27 @@ class HookedVLM(HookedModel):
                 the position table, or numbers of images and texts that do not match.
         """
         pictures, processor = open_images(images), self._processor
-        encoded = {} if text is None else self._encode(check_texts(text), first_token)
-        n_texts = len(encoded["input_ids"]) if encoded else len(pictures)
-        if len(pictures) not in (1, n_texts):
-            raise ValueError(f"{len(pictures)} images do not match {n_texts} texts")
+        texts = None if text is None else check_texts(text)
+        if texts is not None and len(texts) == 1:
+            texts *= len(pictures)
+        if texts is not None and len(pictures) not in (1, len(texts)):
+            raise ValueError(f"{len(pictures)} images do not match {len(texts)} texts")
+        encoded = {} if texts is None else self._encode(texts, first_token)
         pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        inputs: Any = BatchEncoding({"pixel_values": pixels.to(self.dtype), **encoded})
-        inputs = inputs.to(self.device)
-        inputs.geometry = [
-            Geometry(picture.size, (0.0, 0.0, *map(float, picture.size))) for picture in pictures
+        inputs = BatchEncoding({"pixel_values": pixels.to(self.dtype), **encoded}).to(self.device)
+        geometry = [
+            Geometry(picture.size, (0.0, 0.0, float(picture.width), float(picture.height)))
+            for picture in pictures
         ]
-        inputs.first_token = first_token
-        return inputs  # type: ignore[no-any-return]
+        # Attributes, no entries: `model(**inputs)` must not get them.
+        vars(inputs).update(geometry=geometry, first_token=first_token)
+        return inputs
 
     def _encode(self, texts: list[str], first_token: str) -> dict[str, Tensor]:
         encoded = self.tokenizer(
             texts, padding=True, return_tensors="pt", return_token_type_ids=False
         )
-        limit = next(s.cfg.n_ctx for name, s in self.stacks.items() if name != "vision")
+        limit = next(s.cfg.n_ctx for s in self.stacks.values() if isinstance(s, TextStack))
         if encoded["input_ids"].shape[1] > limit:
             longest = max(texts, key=len)
             raise ValueError(
@@ -270,7 +252,8 @@ class HookedVLM(HookedModel):
 
     def to_tokens(self, text: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
         """Token ids of texts, special tokens included, padded."""
-        ids = self.tokenizer(check_texts(text), padding=True, return_tensors="pt")["input_ids"]
+        encoded = self.tokenizer(check_texts(text), padding=True, return_tensors="pt")
+        ids: Tensor = encoded["input_ids"]
         return ids.to(self.device)
 
     def to_str_tokens(self, text: str | Tensor) -> list[str]:
@@ -297,147 +280,7 @@ class HookedVLM(HookedModel):
             str(text).strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         ]
 
-    # --- forward, in one go, recorded, or resumed
-
-    def _flow(self, flow: Flow, **inputs: Any) -> Tensor:
-        """One forward pass, as calls of `flow.stack`, from the inputs to the logits."""
-        raise NotImplementedError
-
-    def _run(self, **inputs: Any) -> Tensor:
-        """A plain pass; what `torch.compile` made of it is left while anybody listens."""
-        if self._anyone_listens():
-            return self._run_eagerly(**inputs)
-        return self._flow(Flow(self.stacks), **inputs)
-
-    @torch.compiler.disable
-    def _anyone_listens(self) -> bool:
-        return any(point.listening for point in self.hook_points())
-
-    @torch.compiler.disable
-    def _run_eagerly(self, **inputs: Any) -> Tensor:
-        return self._flow(Flow(self.stacks, self._grad_wanted), **inputs)
-
-    @property
-    def _grad_wanted(self) -> bool:
-        return torch.is_grad_enabled() and any(
-            point._backward_hooks for point in self.hook_points()
-        )
-
-    @torch.no_grad()
-    def base_run(self, *, names_filter: Names | bool = False, **inputs: Any) -> Base:
-        """Runs the model once and keeps what later runs may reuse.
-
-        Args:
-            names_filter: activations to cache besides, as in `run_with_cache`; False for none.
-            **inputs: as in `forward`. One image may serve a batch of texts.
-
-        Returns:
-            A base for `resume`: logits, the stream at each part's door, and the keys and values of
-            cross-attention.
-        """
-        fingerprint = self._fingerprint(inputs)
-        recording = Recording(self.stacks)
-        names = None if names_filter is True else names_filter
-        entries, hooks, _ = self.get_caching_hooks(names) if names is not False else ({}, [], [])
-        with self.hooks(hooks):
-            logits = self._flow(recording, **inputs)
-        self.is_caching = False
-        cache = ActivationCache(entries, self)
-        return Base(inputs, logits, recording.kept, cache, fingerprint)
-
-    def resume(
-        self,
-        base: Base,
-        site: str | Site | Sequence[str | Site],
-        *,
-        rows: Sequence[int] | Tensor | None = None,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-        reset_hooks_end: bool = True,
-    ) -> Tensor:
-        """Continues a base from the earliest of some sites on; computes only what they reach.
-
-        Points before the part of the block that holds the site do not fire. A change at the site
-        comes from `fwd_hooks`, which may name that part's points and later ones.
-
-        Args:
-            base: from `base_run`.
-            site: one or several hook names or sites.
-            rows: for each row of the new batch the base's row that it continues; by default the
-                base's rows as they are. Rows that share an image share its keys and values.
-            fwd_hooks: as in `run_with_hooks`.
-            bwd_hooks: as in `run_with_hooks`.
-            reset_hooks_end: whether these hooks go when the pass ends; backward hooks must stay
-                until the backward pass.
-
-        Returns:
-            Logits, [len(rows), ...], equal to those of a full pass with the same hooks.
-
-        Raises:
-            KeyError: no such site.
-            ValueError: the base's weights, inputs or standing hooks have changed, a row is not
-                in it, or a hook names a point before the site.
-        """
-        if self._fingerprint(base.inputs) != base.fingerprint:
-            raise ValueError(
-                "weights, inputs or standing hooks have changed since base_run made this base; "
-                "make a new one"
-            )
-        sites = [site] if isinstance(site, str | Site) else list(site)
-        names = [one.name if isinstance(one, Site) else one for one in sites]
-        found = [name for glob in names for name in self.hook_dict.match(glob)]
-        start = min((self._place(name) for name in found), key=self._order)
-        n_rows = len(base.logits)
-        chosen = torch.as_tensor(range(n_rows) if rows is None else rows, device=self.device)
-        if chosen.numel() == 0 or chosen.min() < 0 or chosen.max() >= n_rows:
-            raise ValueError(f"rows must name rows of the base, 0 to {n_rows - 1}: {rows}")
-        for asked, _ in (*fwd_hooks, *bwd_hooks):
-            for name in self.hook_dict.match(asked):
-                if self._order(self._place(name)) < self._order(start):
-                    raise ValueError(
-                        f"a hook at {name!r} would not fire: the pass resumes at {names[0]!r}; "
-                        "name it among the sites"
-                    )
-        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end):
-            flow = Resuming(self.stacks, base, *start, chosen, self._grad_wanted)
-            return self._flow(flow, **base.inputs)
-
-    def _place(self, name: str) -> tuple[str, Door | None]:
-        """The stack and the door from which a pass must be run for a hook to matter."""
-        site = Site.parse(name)
-        if site.layer is not None:
-            block = self.stacks[site.stack].blocks[site.layer]
-            return site.stack, (site.layer, block.PARTS.get(site.component.split(".")[0], "attn"))
-        top = name.partition(".")[0]
-        if top == "hook_logits":
-            top = list(self.stacks)[-1]
-            return top, (self.stacks[top].cfg.n_layers, "attn")
-        if top in self.GLUE or name.startswith(tuple(f"{s}.ln_final" for s in self.stacks)):
-            stack = self.GLUE.get(top, top)
-            return stack, (self.stacks[stack].cfg.n_layers, "attn")
-        return top, None
-
-    def stack_of(self, name: str) -> str:
-        """The stack that a hook point belongs to, or behind which it is computed."""
-        return self._place(name)[0]
-
-    def order_of(self, name: str) -> tuple[int, int, int]:
-        """Where a pass resumes for a hook point; equal for points that can be swept together."""
-        return self._order(self._place(name))
-
-    def _order(self, place: tuple[str, Door | None]) -> tuple[int, int, int]:
-        stack, door = place
-        layer, part = door or (-1, "attn")
-        return list(self.stacks).index(stack), layer, ("attn", "cross_attn", "mlp").index(part)
-
-    def _fingerprint(self, inputs: dict[str, Any]) -> tuple[Any, ...]:
-        tensors = [*self.parameters(), *(t for t in inputs.values() if isinstance(t, Tensor))]
-        hooks = [
-            (point.name, tuple(point._forward_hooks), tuple(point._backward_hooks))
-            for point in self.hook_points()
-            if point.listening
-        ]
-        return tuple((t.data_ptr(), t._version) for t in tensors), tuple(hooks)
+    # --- what TransformerLens hands expect
 
     def _check_text(self, name: str, ids: Tensor, mask: Tensor | None) -> None:
         """Refuses token ids that the model cannot read, and masks that do not fit them."""
@@ -451,12 +294,11 @@ class HookedVLM(HookedModel):
         if ids.min() < 0 or ids.max() >= vocab:
             raise ValueError(f"{name} has ids outside of the vocabulary, 0 to {vocab - 1}")
 
-    # --- what TransformerLens hands expect
-
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """Token embeddings of the last stack, the one that the output is read from."""
-        return list(self.stacks.values())[-1].W_E
+        embeddings: Tensor = list(self.stacks.values())[-1].W_E
+        return embeddings
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
@@ -478,6 +320,7 @@ class HookedVLM(HookedModel):
 
     @property
     def _unembedding(self) -> nn.Linear:
-        if "unembed" not in self._modules:
+        unembed = self._modules.get("unembed")
+        if not isinstance(unembed, Unembed):
             raise ValueError(f"a model for task {self.task!r} predicts no tokens: it has no W_U")
-        return self.unembed.out  # type: ignore[no-any-return]
+        return unembed.out

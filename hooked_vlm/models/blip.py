@@ -139,7 +139,10 @@ class HookedBLIP(HookedVLM):
         decoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
         if input_ids is None:
-            raise ValueError("input_ids is missing: model.prepare(images, text) makes it")
+            raise ValueError(
+                "input_ids is missing: model.prepare(images, text) makes it of a text, "
+                "prepare_prompt(images, None) of a caption of which nothing is there yet"
+            )
         self._check_text("input_ids", input_ids, attention_mask)
         if self.task != "vqa" and decoder_input_ids is not None:
             raise ValueError(f"decoder_input_ids belongs to task 'vqa', this is {self.task!r}")
@@ -311,7 +314,10 @@ class HookedBLIP(HookedVLM):
         decoder = Decoder(
             self.decoder, self.unembed, self.hook_logits, states, states_mask, special
         )
-        return decoder.generate(input_ids=prompt, attention_mask=attention_mask, **generation)
+        # `generate` declares its self a PreTrainedModel; what it asks of one, Decoder has.
+        return decoder.generate(  # type: ignore[misc]
+            input_ids=prompt, attention_mask=attention_mask, **generation
+        )
 
     def _need_itm(self, what: str) -> None:
         if self.task != "itm":

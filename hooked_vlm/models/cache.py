@@ -12,8 +12,7 @@ from transformer_lens.utilities import get_act_name
 from hooked_vlm.models.names import head_of
 
 if TYPE_CHECKING:
-    from hooked_vlm.components.stack import Stack
-    from hooked_vlm.models.base import HookedVLM
+    from hooked_vlm.models.hooked import HookedModel
 
 
 class ActivationCache(transformer_lens.ActivationCache):
@@ -25,7 +24,7 @@ class ActivationCache(transformer_lens.ActivationCache):
     """
 
     def __init__(
-        self, cache_dict: dict[str, Tensor], model: HookedVLM, has_batch_dim: bool = True
+        self, cache_dict: dict[str, Tensor], model: HookedModel, has_batch_dim: bool = True
     ) -> None:
         self.cache_dict = cache_dict
         self.model: Any = model
@@ -49,6 +48,13 @@ class ActivationCache(transformer_lens.ActivationCache):
         if stem in self.model.hook_dict:
             raise KeyError(f"{key!r} was not cached; name it in names_filter")
         raise KeyError(self.model.hook_dict.complaint(key))
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self[key]
+        except KeyError:
+            return False
+        return True
 
     def stack(self, name: str) -> StackCache:
         """The entries of one stack under TransformerLens' names, with its analysis methods.
@@ -80,7 +86,7 @@ class StackCache(transformer_lens.ActivationCache):
         self.name = name
         self.cache_dict = {
             key.removeprefix(prefix): value
-            for key, value in cache.items()
+            for key, value in cache.cache_dict.items()
             if key.startswith(prefix)
         }
         self.model: Any = stacks[name]
@@ -191,9 +197,11 @@ class StackCache(transformer_lens.ActivationCache):
 
     def _gain(self, layer: int | None, mlp_input: bool) -> Tensor:
         if layer is None or layer in (-1, self.model.cfg.n_layers):
-            return self.model.ln_final.weight
-        block = self.model.blocks[layer]
-        return (block.ln2 if mlp_input else block.ln1).weight
+            norm = self.model.ln_final
+        else:
+            norm = getattr(self.model.blocks[layer], "ln2" if mlp_input else "ln1")
+        gain: Tensor = norm.weight
+        return gain
 
     def _stack_neuron_results_apply_ln_projected(
         self,

@@ -37,7 +37,7 @@ class Decoder(nn.Module, GenerationMixin):
         hook_logits: HookPoint,
         states: Tensor,
         states_mask: Tensor | None,
-        special: dict[str, int],
+        special: dict[str, Any],
     ):
         super().__init__()
         self.stack, self.unembed, self.hook_logits = stack, unembed, hook_logits

@@ -26,17 +26,18 @@ class _Stop(Exception):
 class HookedModel(HookedRootModule):
     """`transformer_lens.HookedRootModule` whose names may be heads and globs."""
 
-    hook_dict: HookDict  # type: ignore[assignment]
+    hook_dict: HookDict  # type: ignore[assignment]  # dict is invariant
 
     def setup(self) -> None:
         """Names every module and collects the hook points; see TransformerLens."""
-        super().setup()
+        super().setup()  # type: ignore[no-untyped-call]
         self.hook_dict = HookDict(self.hook_dict)
 
-    def hook_points(self) -> Iterator[HookPoint]:  # type: ignore[override]
+    def hook_points(self) -> Iterator[HookPoint]:
         """All ordinary points and the head points made so far."""
         for point in self.hook_dict.values():
-            yield from point.points()
+            yield point
+            yield from point.heads.values()
 
     def hook_names(self, heads: bool = False) -> list[str]:
         """The names of all ordinary hook points; with `heads`, those of every head too."""
@@ -55,7 +56,7 @@ class HookedModel(HookedRootModule):
         at: list[int | None] = [None] if positions is None else list(positions)
         return [Site.parse(name, p) for name in self.hook_dict.match(names) for p in at]
 
-    def list_hooks(  # type: ignore[override]
+    def list_hooks(
         self,
         name_filter: Names = None,
         dir: Literal["fwd", "bwd", "both"] = "both",
@@ -97,10 +98,12 @@ class HookedModel(HookedRootModule):
             point = self.hook_dict[found]
             self.check_and_add_hook(point, found, hook, dir, is_permanent, level, prepend)
 
-    def _enable_hook(self, name: Names, hook: Callable[..., Any], dir: Literal["fwd", "bwd"]):  # type: ignore[override,no-untyped-def]
+    def _enable_hook(
+        self, name: Names, hook: Callable[..., Any], dir: Literal["fwd", "bwd"]
+    ) -> None:
         self.add_hook(name, hook, dir, level=self.context_level)
 
-    def get_caching_hooks(  # type: ignore[override]
+    def get_caching_hooks(
         self,
         names_filter: Names = None,
         incl_bwd: bool = False,
@@ -140,7 +143,7 @@ class HookedModel(HookedRootModule):
         fwd = [(name, forward) for name in names]
         return entries, fwd, [(name, backward) for name in names] if incl_bwd else []
 
-    def add_caching_hooks(  # type: ignore[override]
+    def add_caching_hooks(
         self,
         names_filter: Names = None,
         incl_bwd: bool = False,
@@ -152,12 +155,13 @@ class HookedModel(HookedRootModule):
         entries, fwd, bwd = self.get_caching_hooks(
             names_filter, incl_bwd, device, remove_batch_dim, cache
         )
-        for direction, hooks in (("fwd", fwd), ("bwd", bwd)):
-            for name, hook in hooks:
-                self.add_hook(name, hook, direction)  # type: ignore[arg-type]
+        for name, hook in fwd:
+            self.add_hook(name, hook)
+        for name, hook in bwd:
+            self.add_hook(name, hook, "bwd")
         return entries
 
-    def run_with_cache(  # type: ignore[override]
+    def run_with_cache(
         self,
         *model_args: Any,
         names_filter: Names = None,
@@ -190,7 +194,7 @@ class HookedModel(HookedRootModule):
 
         Raises:
             KeyError: a name that nothing matches.
-            ValueError: `incl_bwd` without `metric` or with `stop_at`.
+            ValueError: `incl_bwd` without `metric` or with `stop_at`; a glob in `stop_at`.
             RuntimeError: a cached point that no gradient reached.
         """
         if incl_bwd and stop_at is not None:
@@ -200,6 +204,8 @@ class HookedModel(HookedRootModule):
                 "incl_bwd=True and metric= go together: pass metric=, a function from logits to "
                 "a scalar, such as lambda logits: logits[:, 1].sum()"
             )
+        if stop_at is not None and "*" in stop_at:
+            raise ValueError(f"stop_at takes the name of one point, not the glob {stop_at!r}")
         if stop_at is not None:
             self.hook_dict[stop_at]  # a KeyError before anything runs
         entries, fwd, bwd = self.get_caching_hooks(
@@ -232,10 +238,10 @@ class HookedModel(HookedRootModule):
             )
         if fwd and not entries:
             raise KeyError(f"none of the {len(fwd)} points named, {fwd[0][0]!r} first, fired")
-        return output, ActivationCache(entries, self, has_batch_dim=not remove_batch_dim)  # type: ignore[arg-type]
+        return output, ActivationCache(entries, self, has_batch_dim=not remove_batch_dim)
 
     @contextmanager
-    def hooks(  # type: ignore[override]
+    def hooks(
         self,
         fwd_hooks: Hooks = (),
         bwd_hooks: Hooks = (),
@@ -247,7 +253,9 @@ class HookedModel(HookedRootModule):
         Raises:
             KeyError: a name that nothing matches; no hook stays behind.
         """
-        with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):  # type: ignore[arg-type]
+        fwd, bwd = list(fwd_hooks), list(bwd_hooks)
+        # Our names may be any iterable; TransformerLens hands them to `_enable_hook` as they are.
+        with super().hooks(fwd, bwd, reset_hooks_end, clear_contexts):  # type: ignore[arg-type]
             yield self
 
 

@@ -81,7 +81,7 @@ class HookDict(dict[str, HookPoint]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """The point of that name, a head's included, or the default."""
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401 (this is `get`)
 
     def names(self, heads: bool = False) -> Iterator[str]:
         """All names, in the order of the modules; with `heads`, those of all heads too."""
@@ -153,6 +153,9 @@ class HookDict(dict[str, HookPoint]):
         if of is not None and super().__contains__(of[0]):
             n_heads = self[of[0]].n_heads
             said += f": {of[0]!r} has {n_heads} heads" + (f" (0 to {n_heads - 1})" * bool(n_heads))
+        heads = re.sub(r"\*(?=\.hook_\w+$)", "heads.*", name)
+        if heads != name and any(fnmatchcase(known, heads) for known in self.names(heads=True)):
+            said += f"; heads are named {heads!r}"
         candidates = list(self.names(heads=".heads." in name))
         nearest = difflib.get_close_matches(name, candidates, n=3, cutoff=0)
         return f"{said}. Nearest: {', '.join(map(repr, nearest))}"

@@ -36,18 +36,21 @@ class Metric:
     foil: Token = None
     needs: tuple[str, ...] = ()
 
-    def bind(self, model: HookedVLM, pair: Pair) -> Metric:
+    def bind(self, model: HookedVLM, pair: Pair | None) -> Metric:
         """The metric with the ids of the pair's answer and foil, where it has none of its own.
+
+        Without a pair it must have its own.
 
         Raises:
             ValueError: one is missing, or is not a single token.
         """
-        ids = {}
+        ids: dict[str, Any] = {}
         for field in self.needs:
             token = getattr(self, field)
-            token = getattr(pair, field) if token is None else token
+            token = getattr(pair, field, None) if token is None else token
             if token is None:
-                raise ValueError(f"{self.name} needs the {field} of pair {pair.name!r}: give one")
+                whose = "" if pair is None else f" of pair {pair.name!r}"
+                raise ValueError(f"{self.name} needs the {field}{whose}: give one")
             ids[field] = token if isinstance(token, int) else model.to_single_token(token)
         return replace(self, **ids)
 
@@ -55,13 +58,18 @@ class Metric:
         """The metric of each row, of the last position where there are several.
 
         Raises:
-            ValueError: answer or foil are words yet; `bind` makes ids of them.
+            ValueError: answer or foil are words yet (`bind` makes ids of them), or ids that the
+                logits do not hold.
         """
         for field in self.needs:
-            if not isinstance(getattr(self, field), int):
+            token = getattr(self, field)
+            if not isinstance(token, int):
+                of = "its id" if token is None else f"model.to_single_token({token!r})"
+                raise ValueError(f"{self.name} needs the token id of its {field}: give {of}")
+            if not 0 <= token < logits.shape[-1]:
                 raise ValueError(
-                    f"{self.name} needs the token id of its {field}; "
-                    f"model.to_single_token({getattr(self, field)!r}) is one"
+                    f"{self.name} reads the {field}'s token, id {token}, of logits that hold "
+                    f"{logits.shape[-1]}; the metric of an itm model is itm_margin"
                 )
         return self.of(logits[:, -1] if logits.dim() == 3 else logits, self.answer, self.foil)
 

@@ -75,18 +75,25 @@ class PatchingResult:
         return [self.sites[index] for index in order]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per pair, site and position, with the metric, both runs, and the share."""
-        frame = xr.Dataset({"patched": self.data, "restored": self.restored}).to_dataframe()
-        frame = frame.reset_index()
-        for name, values in (("clean", self.clean), ("corrupt", self.corrupt)):
-            frame[name] = frame["pair"].map(dict(zip(values["pair"].values, values.values)))
-        return frame
+        """One row per pair, site and position, with the metric, both runs, and the share.
+
+        The sites of a grid are told by stack, layer, component and head, others by name too.
+        """
+        columns = {"patched": self.data, "restored": self.restored}
+        columns |= {"clean": self.clean, "corrupt": self.corrupt}
+        return xr.Dataset(columns).to_dataframe().reset_index()
 
     def plot(self) -> Figure:
-        """A heat map of `restored`, averaged over pairs: layers by heads where they are a grid."""
+        """A heat map of `restored`, averaged over pairs.
+
+        Layers by heads where they are a grid, else sites; sites by positions where there are any.
+        """
         from hooked_vlm.plots import heatmap
 
         mean = self.restored.mean("pair")
+        if mean.ndim > 2:
+            mean = self.flat().drop_vars(("site", "layer", "head"))
+            mean = mean.assign_coords(site=[site.name for site in self.sites])
         titles = {"denoise": "restored by each patch", "noise": "destroyed by each patch"}
         title = f"{self.provenance['metric']} {titles[self.provenance['direction']]}"
         return heatmap(mean, title=title)
@@ -99,6 +106,8 @@ def label(
     positions: Sequence[int] | None,
 ) -> xr.DataArray:
     """Names the axes of [pair, site, position] values; a full grid gets `layer` and `head`.
+
+    A grid is one component of one stack, at every head of every layer that occurs.
 
     Args:
         values: the metric.
@@ -119,10 +128,13 @@ def label(
     layers = sorted({site.layer for site in sites if site.layer is not None})
     heads = sorted({site.head for site in sites if site.head is not None})
     grid = [(layer, head) for layer in layers for head in heads]
-    if [(site.layer, site.head) for site in sites] == grid:
+    kinds = {(site.stack, site.component) for site in sites}
+    if len(kinds) == 1 and [(site.layer, site.head) for site in sites] == grid:
+        ((stack, component),) = kinds
         shape = (len(pairs), len(layers), len(heads), *array.shape[2:])
         dims = ("pair", "layer", "head", *array.dims[2:])
-        coords = {"pair": array["pair"].values, "layer": layers, "head": heads}
+        coords: dict[str, Any] = {"pair": array["pair"].values, "layer": layers, "head": heads}
+        coords |= {"stack": stack, "component": component}
         if positions is not None:
             coords["position"] = list(positions)
         return xr.DataArray(array.values.reshape(shape), dims=dims, coords=coords, name="patched")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import groupby
+from operator import index as as_index
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,15 +25,17 @@ from hooked_vlm.patching.metrics import Metric, as_numbers, default_metric
 from hooked_vlm.patching.result import PatchingResult, label
 
 Direction = Literal["denoise", "noise"]
+Positions = Literal["each"] | int | Sequence[int] | None
+Inputs = Mapping[str, Any]  # what `prepare` makes
 Cell = tuple[int, Site]  # where its value goes, and what it patches
 
 
 def activation_patching(
     model: HookedVLM,
-    pairs: Pair | Sequence[Pair],
+    pairs: Pair | Sequence[Pair] | tuple[Inputs, Inputs],
     sites: Names | Site | Sequence[Site],
     metric: Metric | None = None,
-    positions: Literal["each"] | int | Sequence[int] | None = None,
+    positions: Positions = None,
     direction: Direction = "denoise",
     *,
     first_token: Literal["cls", "enc"] = "cls",
@@ -46,13 +50,14 @@ def activation_patching(
 
     Args:
         model: any model of the zoo.
-        pairs: what to patch between; both texts of a pair must have the same number of tokens.
-        sites: hook names, globs or sites.
+        pairs: what to patch between, or a clean and a corrupt input from `prepare`; both texts of
+            a pair must have the same number of tokens.
+        sites: hook names, globs or sites, each spanning all positions.
         metric: from logits to a number per row; by default `itm_margin` or `logit_diff`.
         positions: None patches all positions of a site together; `each` one after the other; else
             the positions to patch one after the other.
         direction: `denoise` patches clean activations into the corrupt run, `noise` the reverse.
-        first_token: as in `HookedVLM.prepare`.
+        first_token: as in `HookedVLM.prepare`; of inputs that are prepared already, theirs.
         max_rows: rows of the largest batch.
         progress: whether to show a bar.
 
@@ -64,41 +69,45 @@ def activation_patching(
         ValueError: texts of a pair that do not align, a position that is not there, or a metric
             that misses its answer or foil.
     """
-    pairs = [pairs] if isinstance(pairs, Pair) else list(pairs)
-    if not pairs:
-        raise ValueError("no pairs were given")
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction is 'denoise' or 'noise', not {direction!r}")
+    if max_rows < 1:
+        raise ValueError(f"max_rows is at least 1, not {max_rows}")
     swept = _sites(model, sites)
     chosen = metric or default_metric(model)
-    bound = [chosen.bind(model, pair) for pair in pairs]
-    prepared = [_prepare(model, pair, first_token) for pair in pairs]
-    at = _positions(positions, prepared)
-    cells = list(enumerate(replace(site, position=p) for site in swept for p in at or [None]))
-    values = np.full((len(pairs), len(cells)), np.nan)
-    runs = np.empty((2, len(pairs)))
+    names, prepared, bound, first = _runs(model, pairs, chosen, first_token)
+    modules = list({_module(site.name): None for site in swept})
+
+    def run(inputs: Inputs) -> Base:
+        return model.base_run(**inputs, names_filter=modules)
+
+    base = run(prepared[0])
+    at = _positions(model, positions, modules, base, prepared)
+    cells = list(enumerate(replace(site, position=p) for site in swept for p in at or (None,)))
+    values = np.full((len(prepared), len(cells)), np.nan)
+    ends = np.empty((2, len(prepared)))
+    ends[:, 0] = as_numbers(bound[0](base.logits))
     source, start = (0, 1) if direction == "denoise" else (1, 0)
-    modules = list({_module(site.name) for site in swept})
     with tqdm(total=values.size, desc="patching", unit="patch", disable=not progress) as bar:
-        for index, (inputs, one) in enumerate(zip(prepared, bound, strict=True)):
-            base = model.base_run(**inputs, names_filter=modules)
-            runs[:, index] = as_numbers(one(base.logits))
+        for pair, (inputs, one) in enumerate(zip(prepared, bound, strict=True)):
+            if pair:
+                base = run(inputs)
+                ends[:, pair] = as_numbers(one(base.logits))
             for batch in _batches(model, cells, max_rows):
                 logits = _patched(model, base, batch, source, start)
-                values[index, [cell for cell, _ in batch]] = as_numbers(one(logits))
+                values[pair, [cell for cell, _ in batch]] = as_numbers(one(logits))
                 bar.update(len(batch))
-    names = [pair.name or str(index) for index, pair in enumerate(pairs)]
-    clean, corrupt = (xr.DataArray(run, dims="pair", coords={"pair": names}) for run in runs)
+    clean, corrupt = (xr.DataArray(end, dims="pair", coords={"pair": names}) for end in ends)
     provenance = {
         **model.provenance,
         "method": "activation_patching",
         "metric": chosen.name,
         "direction": direction,
-        "first_token": first_token,
+        "first_token": first,
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    shaped = values.reshape(len(pairs), len(swept), -1)
+    shaped = values.reshape(len(prepared), len(swept), -1)
     data = label(shaped, names, swept, at)
     return PatchingResult(data, clean, corrupt, tuple(swept), provenance)
 
@@ -107,8 +116,58 @@ def _sites(model: HookedVLM, sites: Names | Site | Sequence[Site]) -> list[Site]
     if isinstance(sites, Site):
         sites = [sites]
     if isinstance(sites, Sequence) and not isinstance(sites, str):
+        if placed := [s for s in sites if isinstance(s, Site) and s.position is not None]:
+            raise ValueError(
+                f"site {placed[0].name!r} is at position {placed[0].position}: name the positions "
+                "of a sweep by positions=, for all of its sites"
+            )
         sites = [site.name if isinstance(site, Site) else site for site in sites]
     return model.sites(sites)
+
+
+def _runs(
+    model: HookedVLM,
+    pairs: Pair | Sequence[Pair] | tuple[Inputs, Inputs],
+    metric: Metric,
+    first_token: Literal["cls", "enc"],
+) -> tuple[list[str], list[Inputs], list[Metric], str]:
+    """The pairs' names, inputs and metrics, and their first token."""
+    if isinstance(pairs, Mapping):
+        raise ValueError("one input is no pair: give (clean, corrupt)")
+    several: list[Any] = [pairs] if isinstance(pairs, Pair) else list(pairs)
+    if not several:
+        raise ValueError("no pairs were given")
+    if any(isinstance(one, Mapping) for one in several):
+        inputs = _joined(several)
+        first = getattr(several[0], "first_token", "unknown")
+        return ["0"], [inputs], [metric.bind(model, None)], first
+    bound = [metric.bind(model, pair) for pair in several]
+    names = [pair.name or str(index) for index, pair in enumerate(several)]
+    return names, [_prepare(model, pair, first_token) for pair in several], bound, first_token
+
+
+def _joined(given: Sequence[Any]) -> Inputs:
+    """Clean and corrupt inputs as the two rows of one; an image that they share stands once.
+
+    Raises:
+        ValueError: not two inputs of one row each, of the same kind and length.
+    """
+    if len(given) != 2 or not all(isinstance(one, Mapping) for one in given):
+        raise ValueError("prepared inputs are given as (clean, corrupt), not mixed with pairs")
+    clean, corrupt = given
+    if clean.keys() != corrupt.keys():
+        raise ValueError(f"clean inputs have {sorted(clean)}, corrupt ones {sorted(corrupt)}")
+    joined = {}
+    for key, value in clean.items():
+        other = corrupt[key]
+        if value.shape != other.shape or len(value) != 1:
+            raise ValueError(
+                f"positions do not align: {key} is {list(value.shape)} in the clean inputs and "
+                f"{list(other.shape)} in the corrupt ones; prepare one row each, of one length"
+            )
+        shared = key == "pixel_values" and "input_ids" in clean and torch.equal(value, other)
+        joined[key] = value if shared else torch.cat([value, other])
+    return joined
 
 
 def _prepare(model: HookedVLM, pair: Pair, first_token: Literal["cls", "enc"]) -> BatchEncoding:
@@ -117,33 +176,64 @@ def _prepare(model: HookedVLM, pair: Pair, first_token: Literal["cls", "enc"]) -
     Raises:
         ValueError: texts of different numbers of tokens.
     """
-    inputs = model.prepare_prompt(pair.images, pair.texts, first_token=first_token)
-    mask = inputs.get("attention_mask")
-    lengths = [0, 0] if mask is None else mask.sum(1).tolist()
-    if lengths[0] != lengths[1]:
-        said = [" ".join(model.to_str_tokens(text)) for text in pair.texts or []]
-        raise ValueError(
-            f"pair {pair.name!r}: positions do not align, the clean text has {lengths[0]} tokens "
-            f"and the corrupt one {lengths[1]}: {said[0]!r}, {said[1]!r}"
-        )
-    return inputs
+    if pair.texts is not None:
+        said = [model.to_str_tokens(text) for text in pair.texts]
+        if len(said[0]) != len(said[1]):
+            raise ValueError(
+                f"pair {pair.name!r}: positions do not align, the clean text has {len(said[0])} "
+                f"tokens and the corrupt one {len(said[1])}: {' '.join(said[0])!r}, "
+                f"{' '.join(said[1])!r}"
+            )
+    return model.prepare_prompt(pair.images, pair.texts, first_token=first_token)
 
 
 def _positions(
-    positions: Literal["each"] | int | Sequence[int] | None, prepared: list[BatchEncoding]
+    model: HookedVLM,
+    positions: Positions,
+    modules: list[str],
+    base: Base,
+    prepared: list[Inputs],
 ) -> list[int] | None:
+    """The positions to patch; those of `each` are counted at the sites.
+
+    Raises:
+        ValueError: a position that some site or pair does not have.
+    """
     if positions is None:
         return None
-    lengths = {inputs["input_ids"].shape[1] for inputs in prepared}
+    counts = {name: _n_positions(model, name, base) for name in modules}
+    fewest = min(counts, key=lambda name: counts[name])
     if positions == "each":
-        if len(lengths) > 1:
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                f"positions='each' needs sites with the same positions; these have "
+                f"{', '.join(f'{name!r} {count}' for name, count in counts.items())}"
+            )
+        lengths = {inputs["input_ids"].shape[1] for inputs in prepared}
+        sees_text = any(model.stack_of(name) != next(iter(model.stacks)) for name in modules)
+        if len(lengths) > 1 and sees_text:
             raise ValueError(
                 f"positions='each' needs pairs of one length, these have {sorted(lengths)} tokens"
             )
-        return list(range(lengths.pop()))
-    if isinstance(positions, str):
+        at = list(range(counts[fewest]))
+    elif isinstance(positions, str):
         raise ValueError(f"positions is None, 'each', an index or a list, not {positions!r}")
-    return [positions] if isinstance(positions, int) else list(positions)
+    else:
+        at = [positions] if isinstance(positions, int | np.integer) else list(positions)
+        at = [as_index(position) for position in at]
+    if not at:
+        raise ValueError("an empty list of positions patches nothing; None patches all of them")
+    for position in at:
+        if not -counts[fewest] <= position < counts[fewest]:
+            raise ValueError(
+                f"{fewest!r} has no position {position}, it has {counts[fewest]} positions"
+            )
+    return at
+
+
+def _n_positions(model: HookedVLM, name: str, base: Base) -> int:
+    value, axis = base.cache[name], model.hook_dict[name].pos_dim
+    return value.shape[axis] if value.dim() > 2 else 0  # [batch, 2] of an itm head has none
 
 
 def _module(name: str) -> str:
@@ -185,7 +275,7 @@ def _writer(value: Tensor, writes: list[tuple[int, Site]]) -> Callable[..., Tens
                 where[hook.head_axis - 1] = site.head
             if site.position is not None:
                 axis = hook.pos_dim - 1
-                if value.dim() < 2 or not -value.shape[axis] <= site.position < value.shape[axis]:
+                if not -value.shape[axis] <= site.position < value.shape[axis]:
                     raise ValueError(f"{site.name!r} has no position {site.position}")
                 where[axis] = site.position
             activation[(row, *where)] = value[tuple(where)]

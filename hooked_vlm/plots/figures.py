@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 WRITTEN = 200  # cells of a heat map beyond which numbers are not written into them
+WIDEST = 24.0  # inches of all cells; more of them are drawn smaller
+LABEL = 0.2  # inches that a label needs
 
 
 def heatmap(values: xr.DataArray, *, title: str = "") -> Figure:
@@ -31,27 +33,34 @@ def heatmap(values: xr.DataArray, *, title: str = "") -> Figure:
     grid = values.values.astype(float)
     height, width = grid.shape
     row_labels = [_short(value) for value in values[rows].values]
+    column_labels = [_short(value) for value in values[columns].values]
+    across, down = min(0.55, WIDEST / width), min(0.42 if height <= 24 else 0.26, WIDEST / height)
     longest = max(map(len, row_labels))
-    size = (2.4 + 0.09 * longest + 0.55 * width, 1.6 + 0.42 * height)
+    size = (2.4 + 0.1 * longest + max(across * width, 2.0), 1.6 + down * height)
     figure = Figure(figsize=(max(size[0], 5.5), max(size[1], 2.8)), layout="constrained")
     axes = figure.add_subplot()
     limit = max(np.nanmax(np.abs(grid)), 1e-9) if np.isfinite(grid).any() else 1.0
     image = axes.imshow(grid, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_xticks(range(width), [_short(value) for value in values[columns].values])
-    axes.set_yticks(range(height), row_labels)
+    axes.set_xticks(range(width)[:: _step(across)], column_labels[:: _step(across)])
+    axes.set_yticks(range(height)[:: _step(down)], row_labels[:: _step(down)])
     axes.set_xlabel(str(columns))
     axes.set_ylabel(str(rows))
     axes.set_title("\n".join(textwrap.wrap(title, 60)), fontsize=11)
     axes.tick_params(length=0)
-    if width > 24:
+    if width > 24 or max(map(len, column_labels)) > 5:
         axes.tick_params(axis="x", labelrotation=90)
-    if grid.size <= WRITTEN:
+    if grid.size <= WRITTEN and across > 0.4:
         for (row, column), value in np.ndenumerate(grid):
-            text = "–" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
+            text = "\N{EN DASH}" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
             color = "white" if abs(value) > 0.65 * limit else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
     figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03)
     return figure
+
+
+def _step(inches: float) -> int:
+    """Every how many cells have a label, so that labels stay apart."""
+    return max(1, round(LABEL / inches))
 
 
 def _short(value: object) -> str:
@@ -78,18 +87,24 @@ def attention_map(
     width, height = image.size
     figure = Figure(figsize=(8.4, 4.4), layout="constrained")
     plain, laid = figure.subplots(1, 2)
-    for axes in (plain, laid):
-        axes.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
-        axes.set_axis_off()
+    whole = (0, width, height, 0)
+    largest = max(float(np.nanmax(grid)), 1e-9)
+    plain.imshow(image.convert("RGB"), extent=whole)
     plain.set_title("image", fontsize=10)
+    # Shades of grey, so that colour is attention alone, the denser the more of it.
+    laid.imshow(image.convert("L"), extent=whole, cmap="gray", vmin=-90, vmax=255)
     colored = laid.imshow(
         grid,
-        extent=(0, width, height, 0),
-        cmap="inferno",
-        alpha=0.65,
+        extent=whole,
+        cmap="viridis_r",
+        alpha=np.clip(0.9 * grid / largest, 0, 0.9),
         vmin=0,
+        vmax=largest,
         interpolation="nearest",
     )
+    for axes in (plain, laid):
+        axes.set_xticks([])
+        axes.set_yticks([])
     off = "" if weight_off_grid is None else f" ({weight_off_grid:.2f} on the class token)"
     laid.set_title(f"attention per patch{off}", fontsize=10)
     figure.colorbar(colored, ax=laid, fraction=0.045, pad=0.03)

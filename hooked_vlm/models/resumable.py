@@ -1,0 +1,179 @@
+"""Forward passes: in one go, recorded, or resumed from a record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.components.blocks import Door
+from hooked_vlm.components.stack import Stack
+from hooked_vlm.models.cache import ActivationCache
+from hooked_vlm.models.flow import Base, Flow, Recording, Resuming
+from hooked_vlm.models.hooked import HookedModel, Hooks
+from hooked_vlm.models.names import Names, Site
+
+
+class ResumableModel(HookedModel):
+    """A hooked model whose pass is written once, as calls of `flow.stack`, and can be resumed."""
+
+    # The stack behind which each part of the glue is computed.
+    GLUE: ClassVar[dict[str, str]]
+
+    @property
+    def stacks(self) -> dict[str, Stack[Any]]:
+        """The stacks by name, in the order in which they run."""
+        return {name: m for name, m in self.named_children() if isinstance(m, Stack)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are made of."""
+        return next(self.parameters()).dtype
+
+    def _flow(self, flow: Flow, *args: Any, **inputs: Any) -> Tensor:
+        """The pass, as calls of `flow.stack`, from inputs that a subclass names to logits."""
+        raise NotImplementedError
+
+    def _run(self, **inputs: Any) -> Tensor:
+        """A plain pass; what `torch.compile` made of it is left while anybody listens."""
+        if self._anyone_listens():
+            logits: Tensor = self._run_eagerly(**inputs)
+            return logits
+        return self._flow(Flow(self.stacks), **inputs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _anyone_listens(self) -> bool:
+        return any(point.listening for point in self.hook_points())
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run_eagerly(self, **inputs: Any) -> Tensor:
+        return self._flow(Flow(self.stacks, self._grad_wanted), **inputs)
+
+    @property
+    def _grad_wanted(self) -> bool:
+        return torch.is_grad_enabled() and any(
+            point._backward_hooks for point in self.hook_points()
+        )
+
+    @torch.no_grad()
+    def base_run(self, *, names_filter: Names | bool = False, **inputs: Any) -> Base:
+        """Runs the model once and keeps what later runs may reuse.
+
+        Args:
+            names_filter: activations to cache besides, as in `run_with_cache`; False for none.
+            **inputs: as in `forward`. One image may serve a batch of texts.
+
+        Returns:
+            A base for `resume`: logits, the stream at each part's door, and the keys and values of
+            cross-attention.
+        """
+        fingerprint = self._fingerprint(inputs)
+        recording = Recording(self.stacks)
+        names = None if names_filter is True else names_filter
+        entries, hooks, _ = self.get_caching_hooks(names) if names is not False else ({}, [], [])
+        with self.hooks(hooks):
+            logits = self._flow(recording, **inputs)
+        self.is_caching = False
+        cache = ActivationCache(entries, self)
+        return Base(inputs, logits, recording.kept, cache, fingerprint)
+
+    def resume(
+        self,
+        base: Base,
+        site: str | Site | Sequence[str | Site],
+        *,
+        rows: Sequence[int] | Tensor | None = None,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+    ) -> Tensor:
+        """Continues a base from the earliest of some sites on; computes only what they reach.
+
+        Points before the part of the block that holds the site do not fire. A change at the site
+        comes from `fwd_hooks`, which may name that part's points and later ones.
+
+        Args:
+            base: from `base_run`.
+            site: one or several hook names or sites.
+            rows: for each row of the new batch the base's row that it continues; by default the
+                base's rows as they are. Rows that share an image share its keys and values.
+            fwd_hooks: as in `run_with_hooks`.
+            bwd_hooks: as in `run_with_hooks`.
+            reset_hooks_end: whether these hooks go when the pass ends; backward hooks must stay
+                until the backward pass.
+
+        Returns:
+            Logits, [len(rows), ...], equal to those of a full pass with the same hooks.
+
+        Raises:
+            KeyError: no such site.
+            ValueError: the base's weights, inputs or standing hooks have changed, a row is not
+                in it, or a hook names a point before the site.
+        """
+        if self._fingerprint(base.inputs) != base.fingerprint:
+            raise ValueError(
+                "weights, inputs or standing hooks have changed since base_run made this base; "
+                "make a new one"
+            )
+        sites = [site] if isinstance(site, str | Site) else list(site)
+        names = [one.name if isinstance(one, Site) else one for one in sites]
+        found = [name for glob in names for name in self.hook_dict.match(glob)]
+        start = min((self._place(name) for name in found), key=self._order)
+        n_rows = len(base.logits)
+        chosen = torch.as_tensor(range(n_rows) if rows is None else rows, device=self.device)
+        if chosen.numel() == 0 or chosen.min() < 0 or chosen.max() >= n_rows:
+            raise ValueError(f"rows must name rows of the base, 0 to {n_rows - 1}: {rows}")
+        for asked, _ in (*fwd_hooks, *bwd_hooks):
+            for name in self.hook_dict.match(asked):
+                if self._order(self._place(name)) < self._order(start):
+                    raise ValueError(
+                        f"a hook at {name!r} would not fire: the pass resumes at {names[0]!r}; "
+                        "name it among the sites"
+                    )
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end):
+            flow = Resuming(self.stacks, base, *start, chosen, self._grad_wanted)
+            return self._flow(flow, **base.inputs)
+
+    def _place(self, name: str) -> tuple[str, Door | None]:
+        """The stack and the door from which a pass must be run for a hook to matter."""
+        site = Site.parse(name)
+        if site.layer is not None:
+            block = self.stacks[site.stack].block_list[site.layer]
+            return site.stack, (site.layer, block.PARTS.get(site.component.split(".")[0], "attn"))
+        top = name.partition(".")[0]
+        if top == "hook_logits":
+            top = list(self.stacks)[-1]
+            return top, (self.stacks[top].cfg.n_layers, "attn")
+        if top in self.GLUE or name.startswith(tuple(f"{s}.ln_final" for s in self.stacks)):
+            stack = self.GLUE.get(top, top)
+            return stack, (self.stacks[stack].cfg.n_layers, "attn")
+        return top, None
+
+    def stack_of(self, name: str) -> str:
+        """The stack that a hook point belongs to, or behind which it is computed."""
+        return self._place(name)[0]
+
+    def order_of(self, name: str) -> tuple[int, int, int]:
+        """Where a pass resumes for a hook point; equal for points that can be swept together."""
+        return self._order(self._place(name))
+
+    def _order(self, place: tuple[str, Door | None]) -> tuple[int, int, int]:
+        stack, door = place
+        layer, part = door or (-1, "attn")
+        return list(self.stacks).index(stack), layer, ("attn", "cross_attn", "mlp").index(part)
+
+    def _fingerprint(self, inputs: dict[str, Any]) -> tuple[Any, ...]:
+        tensors = [*self.parameters(), *(t for t in inputs.values() if isinstance(t, Tensor))]
+        hooks = [
+            (point.name, tuple(point._forward_hooks), tuple(point._backward_hooks))
+            for point in self.hook_points()
+            if point.listening
+        ]
+        return tuple((t.data_ptr(), t._version) for t in tensors), tuple(hooks)
