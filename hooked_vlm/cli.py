@@ -92,7 +92,7 @@ def patch(
             raise ValueError(f"--out {str(out)!r} is a file; name a folder")
         opened = _open(model, task, processor, revision, device, dtype)
         if data is not None:
-            pairs = read_pairs(data)
+            pairs = read_pairs(data, opened)
         elif image is not None:
             pairs = [Pair(image, text, corrupt_image, corrupt_text, answer, foil, image.name)]
         else:
@@ -114,6 +114,8 @@ def patch(
 @app.command()
 def check(
     model: Model = "toy-blip-itm",
+    task: Task = None,
+    processor: Processor = None,
     revision: Revision = None,
     device: Device = None,
     dtype: DType = None,
@@ -122,7 +124,7 @@ def check(
     from hooked_vlm import checking
 
     try:
-        opened = _open(model, None, None, revision, device, dtype)
+        opened = _open(model, task, processor, revision, device, dtype)
         fine = checking.check(opened, model, revision=revision)
     except (ValueError, KeyError, OSError) as error:
         _fail(error)

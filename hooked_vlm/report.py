@@ -78,6 +78,7 @@ def patch(
     files["result.csv"] = result.to_dataframe().to_csv(index=False).encode()
     files["provenance.json"] = (json.dumps(result.provenance, indent=2) + "\n").encode()
     out.mkdir(parents=True, exist_ok=True)
+    (out / "attention.png").unlink(missing_ok=True)  # an earlier run's, of another head
     for name, content in files.items():
         (out / name).write_bytes(content)
     console = Console()

@@ -27,7 +27,7 @@ with torch.no_grad():
 
     def write(x, hook):
         seen.append(hook.name)
-        return x + 1
+        return 2 * x  # no constant: a layer norm would take it out again
 
     names = ("text.blocks.1.hook_mlp_out", "vision.blocks.0.attn.heads.1.hook_z")
     for name in names:

@@ -159,3 +159,15 @@ def test_pairs_that_cannot_be_made():
         shapes_pairs(1, 0, "vqa", corrupt="text")
     with pytest.raises(ValueError, match="task is 'itm', 'vqa' or 'captioning', not 've'"):
         shapes_pairs(1, 0, "ve")
+
+
+def test_a_model_refuses_texts_that_do_not_align(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    table = tmp_path / "pairs.csv"
+    table.write_text(
+        "image,text,corrupt_text\na.png,a red circle,a blue circle\na.png,a circle,a red circle\n"
+    )
+    assert len(read_pairs(table)) == 2
+    model = HookedBLIP.from_pretrained("toy-blip-itm")
+    with pytest.raises(ValueError, match=r"line 3: .*has 4 tokens and the corrupt one 5"):
+        read_pairs(table, model)

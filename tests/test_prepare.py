@@ -206,7 +206,8 @@ for wrong in ({{"attention_mask": inputs["attention_mask"][:, :2]}}, {{"input_id
         "a model for task 'itm' needs a text",
         "first_token is 'cls' or 'enc', not 'dec'",
         "the attention mask of input_ids is [2, 2], input_ids is [2, 3]",
-        "input_ids is missing: model.prepare(images, text) makes it",
+        "input_ids is missing: model.prepare(images, text) makes it of a text, "
+        "prepare_prompt(images, None) of a caption of which nothing is there yet",
         "input_ids must be integers [batch, pos], it is [3]",
         "input_ids must be integers [batch, pos], it is [2, 0]",
         "pixel_values is [3, 16, 16], the model reads images of 16 x 16 pixels; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -65,6 +65,26 @@ class Pair:
             return None
         return [self.text, self.text if self.corrupt_text is None else self.corrupt_text]
 
+    def n_tokens(self, to_str_tokens: Callable[[str], list[str]]) -> int:
+        """The number of tokens of the texts, special ones included; 1 without texts.
+
+        Args:
+            to_str_tokens: the tokens of a text, such as `model.to_str_tokens`.
+
+        Raises:
+            ValueError: clean and corrupt text have different numbers, so positions do not align.
+        """
+        if self.texts is None:
+            return 1
+        clean, corrupt = map(to_str_tokens, self.texts)
+        if len(clean) != len(corrupt):
+            raise ValueError(
+                f"pair {self.name!r}: positions do not align, the clean text has {len(clean)} "
+                f"tokens and the corrupt one {len(corrupt)}: {' '.join(clean)!r}, "
+                f"{' '.join(corrupt)!r}"
+            )
+        return len(clean)
+
 
 def _same(one: ImageLike, other: ImageLike) -> bool:
     if isinstance(one, Image.Image) or isinstance(other, Image.Image):
@@ -75,16 +95,19 @@ def _same(one: ImageLike, other: ImageLike) -> bool:
 COLUMNS = tuple(field.name for field in fields(Pair))
 
 
-def read_pairs(file: str | Path) -> list[Pair]:
+def read_pairs(file: str | Path, model: Any = None) -> list[Pair]:
     """Pairs from a CSV or JSONL file, one per line.
 
     Args:
         file: columns, or keys, are the fields of `Pair`; `image` and `text` are required. Paths
             of images are relative to the file.
+        model: the model they are for; with it, texts that do not align are refused here, and not
+            when they are patched.
 
     Raises:
         ValueError: a file of another kind, an unknown or missing column, a line that is no pair,
-            or an image that is not there; the message names the line.
+            an image that is not there, or texts of different numbers of tokens; the message names
+            the line.
     """
     file = Path(file)
     pairs = []
@@ -109,6 +132,8 @@ def read_pairs(file: str | Path) -> list[Pair]:
                     raise ValueError(f"{where}: {key} {str(values[key])!r} is not there")
         try:
             pairs.append(Pair(**{"name": str(number), **values}))
+            if model is not None:
+                pairs[-1].n_tokens(model.to_str_tokens)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     if not pairs:

@@ -193,10 +193,15 @@ class HookedModel(HookedRootModule):
             **model_kwargs: as in `forward`.
 
         Raises:
-            KeyError: a name that nothing matches.
-            ValueError: `incl_bwd` without `metric` or with `stop_at`; a glob in `stop_at`.
+            KeyError: a name that nothing matches; a glob in `stop_at`.
+            ValueError: `incl_bwd` without `metric` or with `stop_at`.
             RuntimeError: a cached point that no gradient reached.
         """
+        if "stop_at_layer" in model_kwargs:
+            raise TypeError(
+                "stop_at_layer speaks of one stack; stop_at='text.blocks.3.hook_resid_pre' names "
+                "the point to stop at"
+            )
         if incl_bwd and stop_at is not None:
             raise ValueError("incl_bwd needs the whole pass, stop_at ends it; use one of the two")
         if incl_bwd != (metric is not None):
@@ -205,7 +210,7 @@ class HookedModel(HookedRootModule):
                 "a scalar, such as lambda logits: logits[:, 1].sum()"
             )
         if stop_at is not None and "*" in stop_at:
-            raise ValueError(f"stop_at takes the name of one point, not the glob {stop_at!r}")
+            raise KeyError(f"stop_at takes the name of one point, not the glob {stop_at!r}")
         if stop_at is not None:
             self.hook_dict[stop_at]  # a KeyError before anything runs
         entries, fwd, bwd = self.get_caching_hooks(

@@ -28,6 +28,7 @@ class Metric:
         answer: the answer; None to take each pair's own.
         foil: the foil; None to take each pair's own.
         needs: which of the two it reads.
+        whole: whether it reads all positions, not the last one alone.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Metric:
     answer: Token = None
     foil: Token = None
     needs: tuple[str, ...] = ()
+    whole: bool = False
 
     def bind(self, model: HookedVLM, pair: Pair | None) -> Metric:
         """The metric with the ids of the pair's answer and foil, where it has none of its own.
@@ -71,7 +73,9 @@ class Metric:
                     f"{self.name} reads the {field}'s token, id {token}, of logits that hold "
                     f"{logits.shape[-1]}; the metric of an itm model is itm_margin"
                 )
-        return self.of(logits[:, -1] if logits.dim() == 3 else logits, self.answer, self.foil)
+        return self.of(
+            logits if self.whole or logits.dim() < 3 else logits[:, -1], self.answer, self.foil
+        )
 
 
 def itm_margin() -> Metric:
@@ -108,9 +112,21 @@ METRICS: dict[str, Callable[[], Metric]] = {
 }
 
 
-def default_metric(model: HookedVLM) -> Metric:
-    """`itm_margin` where the model says match or no match, else `logit_diff`."""
-    return itm_margin() if model.task == "itm" else logit_diff()
+def as_metric(metric: Metric | Callable[[Tensor], Tensor] | None, model: HookedVLM) -> Metric:
+    """A metric of what was given for one.
+
+    Args:
+        metric: a metric; a function from all logits to a number per row; None for `itm_margin`
+            where the model says match or no match, and for `logit_diff` elsewhere.
+        model: the model.
+    """
+    if metric is None:
+        return itm_margin() if model.task == "itm" else logit_diff()
+    if isinstance(metric, Metric):
+        return metric
+    function = metric
+    name = getattr(function, "__name__", type(function).__name__)
+    return Metric(name, lambda logits, answer, foil: function(logits), whole=True)
 
 
 def as_numbers(values: Tensor) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,12 +67,15 @@ class PatchingResult:
             k: how many; fewer if there are not as many.
 
         Returns:
-            Sites, which `sites=` takes again.
+            Sites, which `sites=` takes again; with their positions where these were swept.
         """
         mean = self.flat().values.reshape(len(self.sites), -1)
-        best = np.nanmax(np.where(np.isnan(mean), -np.inf, mean), axis=1)
-        order = np.argsort(-best, kind="stable")[:k]
-        return [self.sites[index] for index in order]
+        order = np.argsort(-np.where(np.isnan(mean), -np.inf, mean), axis=None, kind="stable")[:k]
+        cells = [divmod(int(cell), mean.shape[1]) for cell in order]
+        if "position" not in self.data.dims:
+            return [self.sites[site] for site, _ in cells]
+        at = self.data["position"].values.tolist()
+        return [replace(self.sites[site], position=at[place]) for site, place in cells]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per pair, site and position, with the metric, both runs, and the share.
@@ -129,7 +132,8 @@ def label(
     heads = sorted({site.head for site in sites if site.head is not None})
     grid = [(layer, head) for layer in layers for head in heads]
     kinds = {(site.stack, site.component) for site in sites}
-    if len(kinds) == 1 and [(site.layer, site.head) for site in sites] == grid:
+    placed = any(site.position is not None for site in sites)
+    if len(kinds) == 1 and not placed and [(site.layer, site.head) for site in sites] == grid:
         ((stack, component),) = kinds
         shape = (len(pairs), len(layers), len(heads), *array.shape[2:])
         dims = ("pair", "layer", "head", *array.dims[2:])
@@ -142,4 +146,6 @@ def label(
         field: ("site", [getattr(site, field) for site in sites])
         for field in ("stack", "layer", "component", "head")
     }
+    if placed:
+        described["position"] = ("site", [site.position for site in sites])
     return array.assign_coords(described)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from operator import index as as_index
@@ -14,14 +15,13 @@ import torch
 import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import BatchEncoding
 
 from hooked_vlm.components.hook_point import HookPoint
 from hooked_vlm.data import Pair
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.flow import Base
 from hooked_vlm.models.names import Names, Site, head_of
-from hooked_vlm.patching.metrics import Metric, as_numbers, default_metric
+from hooked_vlm.patching.metrics import Metric, as_metric, as_numbers
 from hooked_vlm.patching.result import PatchingResult, label
 
 Direction = Literal["denoise", "noise"]
@@ -34,7 +34,7 @@ def activation_patching(
     model: HookedVLM,
     pairs: Pair | Sequence[Pair] | tuple[Inputs, Inputs],
     sites: Names | Site | Sequence[Site],
-    metric: Metric | None = None,
+    metric: Metric | Callable[[Tensor], Tensor] | None = None,
     positions: Positions = None,
     direction: Direction = "denoise",
     *,
@@ -53,7 +53,8 @@ def activation_patching(
         pairs: what to patch between, or a clean and a corrupt input from `prepare`; both texts of
             a pair must have the same number of tokens.
         sites: hook names, globs or sites, each spanning all positions.
-        metric: from logits to a number per row; by default `itm_margin` or `logit_diff`.
+        metric: a metric, or a function from logits to a number per row; by default `itm_margin`
+            or `logit_diff`.
         positions: None patches all positions of a site together; `each` one after the other; else
             the positions to patch one after the other.
         direction: `denoise` patches clean activations into the corrupt run, `noise` the reverse.
@@ -74,29 +75,29 @@ def activation_patching(
     if max_rows < 1:
         raise ValueError(f"max_rows is at least 1, not {max_rows}")
     swept = _sites(model, sites)
-    chosen = metric or default_metric(model)
-    names, prepared, bound, first = _runs(model, pairs, chosen, first_token)
+    if positions is not None and any(site.position is not None for site in swept):
+        raise ValueError("sites with positions of their own leave no choice to positions=")
+    chosen = as_metric(metric, model)
+    runs, first = _runs(model, pairs, chosen, first_token)
     modules = list({_module(site.name): None for site in swept})
-
-    def run(inputs: Inputs) -> Base:
-        return model.base_run(**inputs, names_filter=modules)
-
-    base = run(prepared[0])
-    at = _positions(model, positions, modules, base, prepared)
-    cells = list(enumerate(replace(site, position=p) for site in swept for p in at or (None,)))
-    values = np.full((len(prepared), len(cells)), np.nan)
-    ends = np.empty((2, len(prepared)))
-    ends[:, 0] = as_numbers(bound[0](base.logits))
+    base = model.base_run(**runs[0].inputs(), names_filter=modules)
+    at = _positions(model, positions, modules, base, runs)
+    placed = swept if at is None else [replace(site, position=p) for site in swept for p in at]
+    cells = list(enumerate(placed))
+    values = np.full((len(runs), len(cells)), np.nan)
+    ends = np.empty((2, len(runs)))
+    ends[:, 0] = as_numbers(runs[0].metric(base.logits))
     source, start = (0, 1) if direction == "denoise" else (1, 0)
     with tqdm(total=values.size, desc="patching", unit="patch", disable=not progress) as bar:
-        for pair, (inputs, one) in enumerate(zip(prepared, bound, strict=True)):
+        for pair, run in enumerate(runs):
             if pair:
-                base = run(inputs)
-                ends[:, pair] = as_numbers(one(base.logits))
+                base = model.base_run(**run.inputs(), names_filter=modules)
+                ends[:, pair] = as_numbers(run.metric(base.logits))
             for batch in _batches(model, cells, max_rows):
                 logits = _patched(model, base, batch, source, start)
-                values[pair, [cell for cell, _ in batch]] = as_numbers(one(logits))
+                values[pair, [cell for cell, _ in batch]] = as_numbers(run.metric(logits))
                 bar.update(len(batch))
+    names = [run.name for run in runs]
     clean, corrupt = (xr.DataArray(end, dims="pair", coords={"pair": names}) for end in ends)
     provenance = {
         **model.provenance,
@@ -107,7 +108,7 @@ def activation_patching(
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    shaped = values.reshape(len(prepared), len(swept), -1)
+    shaped = values.reshape(len(runs), len(swept), -1)
     data = label(shaped, names, swept, at)
     return PatchingResult(data, clean, corrupt, tuple(swept), provenance)
 
@@ -116,13 +117,25 @@ def _sites(model: HookedVLM, sites: Names | Site | Sequence[Site]) -> list[Site]
     if isinstance(sites, Site):
         sites = [sites]
     if isinstance(sites, Sequence) and not isinstance(sites, str):
-        if placed := [s for s in sites if isinstance(s, Site) and s.position is not None]:
-            raise ValueError(
-                f"site {placed[0].name!r} is at position {placed[0].position}: name the positions "
-                "of a sweep by positions=, for all of its sites"
-            )
-        sites = [site.name if isinstance(site, Site) else site for site in sites]
+        order = {name: place for place, name in enumerate(model.hook_names(heads=True))}
+        found = [
+            one
+            for site in sites
+            for one in ([site] if isinstance(site, Site) else model.sites(site))
+        ]
+        model.hook_dict.match([site.name for site in found])  # a KeyError for what is not there
+        return sorted(dict.fromkeys(found), key=lambda site: (order[site.name], site.position or 0))
     return model.sites(sites)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One pair: its name, what makes its inputs, its number of tokens, its metric."""
+
+    name: str
+    inputs: Callable[[], Inputs]
+    length: int
+    metric: Metric
 
 
 def _runs(
@@ -130,8 +143,8 @@ def _runs(
     pairs: Pair | Sequence[Pair] | tuple[Inputs, Inputs],
     metric: Metric,
     first_token: Literal["cls", "enc"],
-) -> tuple[list[str], list[Inputs], list[Metric], str]:
-    """The pairs' names, inputs and metrics, and their first token."""
+) -> tuple[list[_Run], str]:
+    """The pairs, checked but for their images, and their first token."""
     if isinstance(pairs, Mapping):
         raise ValueError("one input is no pair: give (clean, corrupt)")
     several: list[Any] = [pairs] if isinstance(pairs, Pair) else list(pairs)
@@ -139,11 +152,18 @@ def _runs(
         raise ValueError("no pairs were given")
     if any(isinstance(one, Mapping) for one in several):
         inputs = _joined(several)
+        length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 1
         first = getattr(several[0], "first_token", "unknown")
-        return ["0"], [inputs], [metric.bind(model, None)], first
-    bound = [metric.bind(model, pair) for pair in several]
-    names = [pair.name or str(index) for index, pair in enumerate(several)]
-    return names, [_prepare(model, pair, first_token) for pair in several], bound, first_token
+        return [_Run("0", lambda: inputs, length, metric.bind(model, None))], first
+    return [
+        _Run(
+            pair.name or str(index),
+            partial(model.prepare_prompt, pair.images, pair.texts, first_token=first_token),
+            pair.n_tokens(model.to_str_tokens),
+            metric.bind(model, pair),
+        )
+        for index, pair in enumerate(several)
+    ], first_token
 
 
 def _joined(given: Sequence[Any]) -> Inputs:
@@ -170,29 +190,12 @@ def _joined(given: Sequence[Any]) -> Inputs:
     return joined
 
 
-def _prepare(model: HookedVLM, pair: Pair, first_token: Literal["cls", "enc"]) -> BatchEncoding:
-    """Row 0 is the clean input, row 1 the corrupt one; an image that they share stands once.
-
-    Raises:
-        ValueError: texts of different numbers of tokens.
-    """
-    if pair.texts is not None:
-        said = [model.to_str_tokens(text) for text in pair.texts]
-        if len(said[0]) != len(said[1]):
-            raise ValueError(
-                f"pair {pair.name!r}: positions do not align, the clean text has {len(said[0])} "
-                f"tokens and the corrupt one {len(said[1])}: {' '.join(said[0])!r}, "
-                f"{' '.join(said[1])!r}"
-            )
-    return model.prepare_prompt(pair.images, pair.texts, first_token=first_token)
-
-
 def _positions(
     model: HookedVLM,
     positions: Positions,
     modules: list[str],
     base: Base,
-    prepared: list[Inputs],
+    runs: list[_Run],
 ) -> list[int] | None:
     """The positions to patch; those of `each` are counted at the sites.
 
@@ -209,7 +212,7 @@ def _positions(
                 f"positions='each' needs sites with the same positions; these have "
                 f"{', '.join(f'{name!r} {count}' for name, count in counts.items())}"
             )
-        lengths = {inputs["input_ids"].shape[1] for inputs in prepared}
+        lengths = {run.length for run in runs}
         sees_text = any(model.stack_of(name) != next(iter(model.stacks)) for name in modules)
         if len(lengths) > 1 and sees_text:
             raise ValueError(
