@@ -134,12 +134,14 @@ def test_every_gradient(member, dtype):
         **inputs, incl_bwd=True, metric=lambda logits: (logits * weights).sum()
     )
     found = {name: cache[f"{name}_grad"] for name in compared}
+    assert float(worst(found, expected, 1.0).split()[0]) < TOLERANCE[dtype]
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4  # of each tensor's own largest value
     assert float(worst(found, expected, 0.0).split()[0]) < tolerance, worst(found, expected, 0.0)
 
     mine = inputs["pixel_values"].clone().requires_grad_()
     (ours(**inputs | {"pixel_values": mine}) * weights).sum().backward()
     assert error(mine.grad, pixel_grad, 0.0) < tolerance
+    assert error(mine.grad, pixel_grad) < TOLERANCE[dtype]
 
     # A row of an embedding table collects the gradients of the places where it is used.
     pos = cache["vision.hook_pos_embed_grad"].sum(0, keepdim=True)
