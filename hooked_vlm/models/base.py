@@ -167,7 +167,7 @@ class HookedVLM(ResumableModel):
         Args:
             images: PIL images or paths; one image may go with several texts, one text with several
                 images.
-            text: texts; None where the model can do without.
+            text: texts; None where the model can do without, for captioning.
             first_token: `cls` leaves `[CLS]` in front, as transformers' processor does; `enc` puts
                 BLIP's `[ENC]` there, as its training and its retrieval evaluation did.
 
@@ -179,6 +179,8 @@ class HookedVLM(ResumableModel):
             ValueError: no processor, something that is no image, an empty text, a text longer than
                 the position table, or numbers of images and texts that do not match.
         """
+        if text is None and self.task != "captioning":
+            raise ValueError(f"a model for task {self.task!r} needs a text")
         pictures, processor = open_images(images), self._processor
         texts = None if text is None else check_texts(text)
         if texts is not None and len(texts) == 1:

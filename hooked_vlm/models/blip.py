@@ -222,18 +222,6 @@ class HookedBLIP(HookedVLM):
         images = self.get_image_features(pixel_values)
         return images @ self.get_text_features(input_ids, attention_mask).mT
 
-    def prepare(
-        self,
-        images: ImageLike | Sequence[ImageLike],
-        text: str | Sequence[str] | None = None,
-        *,
-        first_token: Literal["cls", "enc"] = "cls",
-    ) -> BatchEncoding:
-        """See `HookedVLM.prepare`; only captioning can do without a text."""
-        if text is None and self.task != "captioning":
-            raise ValueError(f"a model for task {self.task!r} needs a text")
-        return super().prepare(images, text, first_token=first_token)
-
     def prepare_prompt(
         self,
         images: ImageLike | Sequence[ImageLike],
