@@ -59,10 +59,14 @@ class VisionConfig(StackConfig):
     Attributes:
         image_size: side of the image, in pixels.
         patch_size: side of a patch, in pixels.
+        patch_bias: whether the patch convolution has a bias; CLIP's has none.
+        ln_pre: whether a norm stands before the first block, as in CLIP.
     """
 
     image_size: int
     patch_size: int
+    patch_bias: bool = True
+    ln_pre: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,20 +87,44 @@ class VisionConfig(StackConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig(StackConfig):
-    """A BERT stack whose blocks read another stack through cross-attention.
+class TokenConfig(StackConfig):
+    """A stack over tokens with learned positions.
 
     Attributes:
         d_vocab: size of the vocabulary.
         n_ctx: number of learned positions.
-        d_source: width of the stack that cross-attention reads.
         causal: whether a position sees only itself and earlier ones.
     """
 
     d_vocab: int
     n_ctx: int
-    d_source: int
     causal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(TokenConfig):
+    """A BERT stack whose blocks read another stack through cross-attention.
+
+    Attributes:
+        d_source: width of the stack that cross-attention reads.
+        fusion_layer: the first block with cross-attention.
+        n_token_types: rows of the token type table, of which the first is added to every token;
+            0 for a stack without one.
+        n_images: how many images a text is read with; blocks with cross-attention read them in
+            turn, and each round of blocks shares the weights of keys and values.
+    """
+
+    d_source: int
+    fusion_layer: int = 0
+    n_token_types: int = 0
+    n_images: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.fusion_layer < self.n_layers:
+            raise ValueError(
+                f"fusion_layer={self.fusion_layer} is none of the {self.n_layers} blocks"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,15 +60,16 @@ class Attention(nn.Module):
     Args:
         cfg: sizes of the stack.
         d_source: width of what keys and values read; None for self-attention.
+        d_out: width of what the output projection gives; by default that of the stack.
     """
 
-    def __init__(self, cfg: StackConfig, d_source: int | None = None):
+    def __init__(self, cfg: StackConfig, d_source: int | None = None, d_out: int | None = None):
         super().__init__()
         self.n_heads, self.d_head = cfg.n_heads, cfg.d_head
         self.q = nn.Linear(cfg.d_model, cfg.d_model)
         self.k = nn.Linear(d_source or cfg.d_model, cfg.d_model)
         self.v = nn.Linear(d_source or cfg.d_model, cfg.d_model)
-        self.o = nn.Linear(cfg.d_model, cfg.d_model)
+        self.o = nn.Linear(cfg.d_model, d_out or cfg.d_model)
         heads = cfg.n_heads
         self.hook_q_in = HookPoint()  # [batch, query, d_model]
         self.hook_kv_in = HookPoint()  # [batch, key, d_source]

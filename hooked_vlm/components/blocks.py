@@ -29,14 +29,14 @@ class Context:
 
     Attributes:
         mask: True where a query may see a key of the stack itself.
-        source: what cross-attention reads; None skips it.
+        sources: what blocks with cross-attention read in turn; empty skips it.
         past: a `transformers.Cache` of the stack's own keys and values.
         queries: the positions that are wanted of this block's output.
         doors: filled with the stream at each part's door, by layer and part.
     """
 
     mask: Bool[Tensor, "_ 1 _ _"] | None = None
-    source: Source | None = None
+    sources: tuple[Source, ...] = ()
     past: Any = None
     queries: slice = field(default_factory=lambda: slice(None))
     doors: dict[Door, Tensor] | None = None
@@ -47,6 +47,10 @@ class Context:
         if mask is not None and mask.shape[2] > 1:
             mask = mask[:, :, queries]
         return replace(self, queries=queries, mask=mask)
+
+    def source(self, turn: int) -> Source | None:
+        """What a block reads whose turn it is."""
+        return self.sources[turn % len(self.sources)] if self.sources else None
 
     def keep(self, layer: int, part: Part, x: Tensor) -> None:
         """Keeps the stream at a door, if anybody asked for it."""
@@ -80,7 +84,7 @@ class PreNormBlock(nn.Module):
         self.hook_resid_mid = HookPoint()
         self.hook_mlp_in = HookPoint()
         self.ln2 = LayerNorm(cfg.d_model, cfg.eps)
-        self.mlp = MLP(cfg)
+        self.mlp = MLP(cfg.d_model, cfg.d_mlp, cfg.activation)
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
 
@@ -102,7 +106,8 @@ class PostNormBlock(nn.Module):
     """BERT's block: each sum is normalized before the next part reads it and adds to it.
 
     Source: BERT (arXiv 1810.04805), with the cross-attention of BLIP (arXiv 2201.12086) sec. 3.1
-    between self-attention and MLP.
+    between self-attention and MLP; blocks before the fusion layer have none (ALBEF, arXiv
+    2107.07651, sec. 3.1).
     """
 
     PARTS: ClassVar[dict[str, Part]] = {
@@ -129,13 +134,15 @@ class PostNormBlock(nn.Module):
         self.hook_resid_mid = HookPoint()
         self.ln1 = LayerNorm(cfg.d_model, cfg.eps)
         self.hook_normalized_resid_mid = HookPoint()
-        self.cross_attn = CrossAttention(cfg, cfg.d_source)
-        self.hook_cross_attn_out = HookPoint()
-        self.hook_resid_mid_cross = HookPoint()
-        self.ln_cross = LayerNorm(cfg.d_model, cfg.eps)
-        self.hook_normalized_resid_mid_cross = HookPoint()
+        self.turn = layer - cfg.fusion_layer
+        if self.turn >= 0:
+            self.cross_attn = CrossAttention(cfg, cfg.d_source)
+            self.hook_cross_attn_out = HookPoint()
+            self.hook_resid_mid_cross = HookPoint()
+            self.ln_cross = LayerNorm(cfg.d_model, cfg.eps)
+            self.hook_normalized_resid_mid_cross = HookPoint()
         self.hook_mlp_in = HookPoint()
-        self.mlp = MLP(cfg)
+        self.mlp = MLP(cfg.d_model, cfg.d_mlp, cfg.activation)
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
         self.ln2 = LayerNorm(cfg.d_model, cfg.eps)
@@ -151,9 +158,10 @@ class PostNormBlock(nn.Module):
             attn_out = self.attn(x, context.mask, context.queries, context.past, self.layer)
             x = self.hook_resid_mid(x[:, context.queries] + self.hook_attn_out(attn_out))
             x = self.hook_normalized_resid_mid(self.ln1(x))
-        if start != "mlp" and context.source is not None:
+        source = context.source(self.turn) if self.turn >= 0 else None
+        if start != "mlp" and source is not None:
             context.keep(self.layer, "cross_attn", x)
-            cross_out = self.hook_cross_attn_out(self.cross_attn(x, context.source, self.layer))
+            cross_out = self.hook_cross_attn_out(self.cross_attn(x, source, self.layer))
             x = self.hook_resid_mid_cross(x + cross_out)
             x = self.hook_normalized_resid_mid_cross(self.ln_cross(x))
         context.keep(self.layer, "mlp", x)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.config import TextConfig, VisionConfig
+from hooked_vlm.config import TokenConfig, VisionConfig
 
 
 class PatchEmbed(nn.Module):
@@ -18,7 +18,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, cfg: VisionConfig):
         super().__init__()
         self.cfg = cfg
-        self.patch = nn.Conv2d(3, cfg.d_model, cfg.patch_size, cfg.patch_size)
+        self.patch = nn.Conv2d(3, cfg.d_model, cfg.patch_size, cfg.patch_size, bias=cfg.patch_bias)
         self.class_token = nn.Parameter(torch.zeros(1, 1, cfg.d_model))
 
     def forward(
@@ -37,7 +37,7 @@ class PatchEmbed(nn.Module):
 class TokenEmbed(nn.Module):
     """Token embeddings, looked up after the ids are checked."""
 
-    def __init__(self, cfg: TextConfig):
+    def __init__(self, cfg: TokenConfig):
         super().__init__()
         self.cfg = cfg
         self.weight = nn.Parameter(torch.zeros(cfg.d_vocab, cfg.d_model))

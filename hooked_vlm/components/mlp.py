@@ -7,24 +7,29 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from hooked_vlm.components.hook_point import HookPoint
-from hooked_vlm.config import StackConfig
 
 
 class MLP(nn.Module):
     """`fc_out(act(fc_in(x)))`.
 
-    Source: BLIP (arXiv 2201.12086) sec. 3.1; the same in ViT and BERT.
+    Source: BLIP (arXiv 2201.12086) sec. 3.1; the same in ViT, BERT and CLIP.
+
+    Args:
+        d_model: width of what it reads.
+        d_mlp: width of the hidden layer.
+        activation: its name in `transformers.activations.ACT2FN`.
+        d_out: width of what it gives; by default `d_model`.
     """
 
-    def __init__(self, cfg: StackConfig):
+    def __init__(self, d_model: int, d_mlp: int, activation: str, d_out: int | None = None):
         super().__init__()
-        self.fc_in = nn.Linear(cfg.d_model, cfg.d_mlp)
-        self.fc_out = nn.Linear(cfg.d_mlp, cfg.d_model)
-        self.act = ACT2FN[cfg.activation]
+        self.fc_in = nn.Linear(d_model, d_mlp)
+        self.fc_out = nn.Linear(d_mlp, d_out or d_model)
+        self.act = ACT2FN[activation]
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
         self.hook_post = HookPoint()  # [batch, pos, d_mlp]
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_out"]:
         out: Tensor = self.fc_out(self.hook_post(self.act(self.hook_pre(self.fc_in(x)))))
         return out
 
@@ -35,6 +40,6 @@ class MLP(nn.Module):
         return self.fc_in.weight.mT
 
     @property
-    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+    def W_out(self) -> Float[Tensor, "d_mlp d_out"]:
         """Output weights."""
         return self.fc_out.weight.mT

@@ -1,8 +1,8 @@
-"""Stacks of blocks: the image encoder and the BERT text stacks, with their embeddings."""
+"""Stacks of blocks: the image encoder and the text stacks, with their embeddings."""
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,7 +15,7 @@ from hooked_vlm.components.blocks import Context, Door, PostNormBlock, PreNormBl
 from hooked_vlm.components.embed import PatchEmbed, TokenEmbed
 from hooked_vlm.components.hook_point import HookPoint, listening
 from hooked_vlm.components.norm import LayerNorm
-from hooked_vlm.config import StackConfig, TextConfig, VisionConfig
+from hooked_vlm.config import StackConfig, TextConfig, TokenConfig, VisionConfig
 
 Block = TypeVar("Block", PreNormBlock, PostNormBlock)
 _HEAD_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O", "OV", "QK")
@@ -87,6 +87,7 @@ class Stack(nn.Module, Generic[Block]):
     cfg: StackConfig
     blocks: nn.ModuleList
     pre_norm: bool
+    AFTER_BLOCKS: ClassVar[tuple[str, ...]] = ("ln_final",)  # the modules behind the last block
 
     def run(
         self,
@@ -94,6 +95,7 @@ class Stack(nn.Module, Generic[Block]):
         context: Context,
         start: Door = (0, "attn"),
         readout: slice = slice(None),
+        stop: int | None = None,
     ) -> Float[Tensor, "batch readout d_model"]:
         """Runs the blocks from the door `start` on.
 
@@ -103,10 +105,12 @@ class Stack(nn.Module, Generic[Block]):
             start: layer and part; the layer after the last means the door behind all blocks.
             readout: the positions that are read of the output. A last block in which nobody
                 listens computes only those.
+            stop: the block to stop before, whose door's stream is the output; None for the end.
         """
         first, part = start
+        end = self.cfg.n_layers if stop is None else stop
         last = self.cfg.n_layers - 1
-        for layer in range(first, self.cfg.n_layers):
+        for layer in range(first, end):
             block = self.blocks[layer]
             trim = layer == last != first and readout != slice(None) and not listening(block)
             x = block(
@@ -114,8 +118,8 @@ class Stack(nn.Module, Generic[Block]):
                 context.wanting(readout) if trim else context,
                 part if layer == first else "attn",
             )
-        context.keep(self.cfg.n_layers, "attn", x)
-        return self.finish(x)
+        context.keep(end, "attn", x)
+        return self.finish(x) if stop is None else x
 
     @property
     def block_list(self) -> list[Block]:
@@ -169,28 +173,34 @@ class Stack(nn.Module, Generic[Block]):
 class VisionStack(Stack[PreNormBlock]):
     """A vision transformer: patches, learned positions, pre-norm blocks, a final norm.
 
-    Source: BLIP (arXiv 2201.12086) sec. 3.1; ViT (arXiv 2010.11929).
+    Source: ViT (arXiv 2010.11929), as in BLIP (arXiv 2201.12086) sec. 3.1; with a norm before the
+    first block, as in CLIP (arXiv 2103.00020) sec. 2.4.
     """
 
     pre_norm = True
 
     def __init__(self, cfg: VisionConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg: VisionConfig = cfg
         self.embed = PatchEmbed(cfg)
         self.pos_embed = nn.Parameter(torch.zeros(1, cfg.n_ctx, cfg.d_model))
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
         self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
+        if cfg.ln_pre:
+            self.ln_pre = LayerNorm(cfg.d_model, cfg.eps)
         self.blocks = nn.ModuleList([PreNormBlock(cfg, layer) for layer in range(cfg.n_layers)])
         self.ln_final = LayerNorm(cfg.d_model, cfg.eps)
 
     def embeddings(
         self, pixel_values: Float[Tensor, "batch 3 height width"], *, grad: bool = False
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Patches and class token, and their positions."""
+        """Patches and class token, and their positions; normalized where `ln_pre` is."""
         embed = self.embed(pixel_values)
         pos = self.pos_embed.expand(len(embed), -1, -1)
-        return self.hook_embed(_needing(embed, grad)) + self.hook_pos_embed(_needing(pos, grad))
+        x: Tensor = self.hook_embed(_needing(embed, grad)) + self.hook_pos_embed(
+            _needing(pos, grad)
+        )
+        return self.ln_pre(x) if self.cfg.ln_pre else x
 
     def finish(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The final norm, of every position."""
@@ -198,28 +208,29 @@ class VisionStack(Stack[PreNormBlock]):
         return normalized
 
 
-class TextStack(Stack[PostNormBlock]):
-    """A BERT stack with cross-attention in every block.
+class TokenStack(Stack[Block]):
+    """Tokens and learned positions, and the blocks that read them."""
 
-    Source: BLIP (arXiv 2201.12086) sec. 3.1, the 'mixture of encoder-decoder'.
-    """
+    cfg: TokenConfig
 
-    pre_norm = False
-
-    def __init__(self, cfg: TextConfig):
+    def __init__(self, cfg: TokenConfig, block: type[Block]):
         super().__init__()
-        self.cfg: TextConfig = cfg
+        self.cfg = cfg
         self.embed = TokenEmbed(cfg)
         self.pos_embed = nn.Parameter(torch.zeros(cfg.n_ctx, cfg.d_model))
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
         self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
-        self.ln_embed = LayerNorm(cfg.d_model, cfg.eps)
-        self.blocks = nn.ModuleList([PostNormBlock(cfg, layer) for layer in range(cfg.n_layers)])
+        self._add_embed_parts()
+        made: list[Any] = [block(cfg, layer) for layer in range(cfg.n_layers)]  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList(made)
+
+    def _add_embed_parts(self) -> None:
+        """What stands between the embeddings and block 0."""
 
     def embeddings(
         self, input_ids: Int[Tensor, "batch pos"], *, offset: int = 0, grad: bool = False
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Tokens and their positions, the first of which is `offset`, normalized."""
+        """Tokens and their positions, the first of which is `offset`."""
         end = offset + input_ids.shape[1]
         if end > self.cfg.n_ctx:
             raise ValueError(
@@ -227,9 +238,10 @@ class TextStack(Stack[PostNormBlock]):
             )
         embed = self.embed(input_ids)
         pos = self.pos_embed[offset:end].expand(len(embed), -1, -1)
-        embed = self.hook_embed(_needing(embed, grad)) + self.hook_pos_embed(_needing(pos, grad))
-        normalized: Tensor = self.ln_embed(embed)
-        return normalized
+        x: Tensor = self.hook_embed(_needing(embed, grad)) + self.hook_pos_embed(
+            _needing(pos, grad)
+        )
+        return x
 
     def visible(
         self, input_ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None, offset: int = 0
@@ -258,6 +270,65 @@ class TextStack(Stack[PostNormBlock]):
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
         """Position embeddings."""
         return self.pos_embed
+
+
+class TextStack(TokenStack[PostNormBlock]):
+    """A BERT stack with cross-attention from its fusion layer on.
+
+    Source: BLIP (arXiv 2201.12086) sec. 3.1, the 'mixture of encoder-decoder', where that is the
+    first block; ALBEF (arXiv 2107.07651) sec. 3.1, where it is the middle one, and sec. 4 for the
+    blocks that read two images in turn and share the weights of their keys and values.
+    """
+
+    cfg: TextConfig
+    pre_norm = False
+
+    def __init__(self, cfg: TextConfig):
+        super().__init__(cfg, PostNormBlock)
+        for first in range(cfg.fusion_layer, cfg.n_layers, cfg.n_images):
+            shared = self.block_list[first].cross_attn
+            for block in self.block_list[first + 1 : first + cfg.n_images]:
+                for name in ("k", "v"):
+                    for kind in ("weight", "bias"):
+                        tied = getattr(getattr(shared, name), kind)
+                        setattr(getattr(block.cross_attn, name), kind, tied)
+
+    def _add_embed_parts(self) -> None:
+        if self.cfg.n_token_types:
+            self.token_type_embed = nn.Parameter(
+                torch.zeros(self.cfg.n_token_types, self.cfg.d_model)
+            )
+            self.hook_token_type_embed = HookPoint()  # [batch, pos, d_model]
+        self.ln_embed = LayerNorm(self.cfg.d_model, self.cfg.eps)
+
+    def embeddings(
+        self, input_ids: Int[Tensor, "batch pos"], *, offset: int = 0, grad: bool = False
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Tokens, their positions and, in ALBEF, the first token type, normalized."""
+        x = super().embeddings(input_ids, offset=offset, grad=grad)
+        if self.cfg.n_token_types:
+            kind = self.token_type_embed[0].expand(x.shape)
+            x = x + self.hook_token_type_embed(_needing(kind, grad))
+        normalized: Tensor = self.ln_embed(x)
+        return normalized
+
+
+class PreNormTextStack(TokenStack[PreNormBlock]):
+    """Tokens, learned positions, pre-norm blocks, a final norm.
+
+    Source: CLIP (arXiv 2103.00020) sec. 2.4, its text encoder.
+    """
+
+    pre_norm = True
+
+    def __init__(self, cfg: TokenConfig):
+        super().__init__(cfg, PreNormBlock)
+        self.ln_final = LayerNorm(cfg.d_model, cfg.eps)
+
+    def finish(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The final norm, of every position."""
+        normalized: Tensor = self.ln_final(x)
+        return normalized
 
 
 class Unembed(nn.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel
 
-from hooked_vlm.components.stack import TextStack, Unembed
+from hooked_vlm.components.stack import TokenStack, Unembed
 from hooked_vlm.hub import locate
 from hooked_vlm.models.inputs import Geometry, ImageLike, check_texts, open_images, token_map
 from hooked_vlm.models.loading import assign
@@ -202,7 +202,7 @@ class HookedVLM(ResumableModel):
         encoded = self.tokenizer(
             texts, padding=True, return_tensors="pt", return_token_type_ids=False
         )
-        limit = next(s.cfg.n_ctx for s in self.stacks.values() if isinstance(s, TextStack))
+        limit = next(s.cfg.n_ctx for s in self.stacks.values() if isinstance(s, TokenStack))
         if encoded["input_ids"].shape[1] > limit:
             longest = max(texts, key=len)
             raise ValueError(

@@ -19,6 +19,8 @@ from hooked_vlm.components.blocks import Context, Door
 from hooked_vlm.components.hook_point import listening
 from hooked_vlm.components.stack import Stack
 
+Span = tuple[int, int | None]  # the first block to run, and the one to stop before
+
 if TYPE_CHECKING:
     from hooked_vlm.models.cache import ActivationCache
 
@@ -32,13 +34,15 @@ class Kept:
         doors: the stream at each part's door.
         cross: keys and values of the stack's cross-attention, by layer.
         reader: the stack that reads this one, None for the last.
-        rows: for each row of the reader the row of this stack; None for one to one.
+        group: how many consecutive rows each row of the reader reads together.
+        rows: for each row of the reader the group that it reads; None for one to one.
     """
 
     output: Tensor
     doors: dict[Door, Tensor] = field(default_factory=dict)
     cross: dict[int, KeyValue] = field(default_factory=dict)
     reader: str | None = None
+    group: int = 1
     rows: Tensor | None = None
 
 
@@ -60,16 +64,19 @@ class Base:
     cache: ActivationCache
     fingerprint: tuple[Any, ...]
 
-    def rows(self, stack: str, rows: Tensor) -> Tensor:
-        """The rows of a stack that belong to rows of the batch."""
+    def groups(self, stack: str, rows: Tensor) -> Tensor:
+        """The groups of rows of a stack that belong to rows of the batch."""
         kept = self.stacks[stack]
         if kept.reader is not None:
             rows = self.rows(kept.reader, rows)
         return rows if kept.rows is None else kept.rows[rows]
 
-    def row(self, stack: str, row: int) -> int:
-        """The row of a stack that belongs to a row of the batch."""
-        return int(self.rows(stack, torch.tensor([row], device=self.logits.device)))
+    def rows(self, stack: str, rows: Tensor) -> Tensor:
+        """The rows of a stack that belong to rows of the batch, group by group."""
+        size = self.stacks[stack].group
+        groups = self.groups(stack, rows)
+        within = torch.arange(size, device=groups.device)
+        return groups if size == 1 else (groups[:, None] * size + within).flatten()
 
 
 class Flow:
@@ -95,6 +102,8 @@ class Flow:
         source_mask: Tensor | None = None,
         after: Callable[[Tensor], Tensor] = lambda x: x,
         readout: slice = slice(None),
+        at: Tensor | None = None,
+        span: Span = (0, None),
     ) -> Tensor:
         """Runs a stack and the glue behind it.
 
@@ -106,26 +115,56 @@ class Flow:
             source_mask: [rows, pos], True for the positions of the source that may be seen.
             after: the glue behind the stack.
             readout: the positions that anything downstream reads.
+            at: for each row the one position that is read, which `after` gets without its axis.
+            span: the first block to run and the one to stop before; where the first is not 0,
+                `inputs` is the stream at its door.
         """
-        x = self.stacks[name].embeddings(inputs, grad=self.grad)
-        read = None if source is None else self._source(name, source, source_mask, len(x))
-        x = self.stacks[name].run(x, Context(mask, read, doors=self._doors(name)))
-        self.outputs[name] = after(x)
+        first, stop = span
+        x = inputs if first else self.stacks[name].embeddings(inputs, grad=self.grad)
+        if first and self.grad:
+            x = x.detach().requires_grad_()
+        read = () if source is None else self._sources(name, source, source_mask, len(x))
+        context = Context(mask, read, doors=self._doors(name))
+        x = self.stacks[name].run(x, context, (first, "attn"), stop=stop)
+        self.outputs[name] = after(x if at is None else _at(x, at))
         return self.outputs[name]
+
+    def read(self, name: str, batch: int, group: int = 1) -> Tensor:
+        """What rows of the logits read of a stack's output.
+
+        Args:
+            name: the stack.
+            batch: how many rows the logits have.
+            group: how many consecutive rows of the stack each of them reads.
+
+        Returns:
+            [batch, group, ...], or [1, group, ...] where one group serves them all.
+        """
+        groups: Tensor = self.outputs[name].unflatten(0, (-1, group))
+        return groups
 
     def _doors(self, name: str) -> dict[Door, Tensor] | None:
         return None
 
-    def _source(self, name: str, source: str, mask: Tensor | None, batch: int) -> Source:
-        states = self.outputs[source]
-        if len(states) not in (1, batch):
+    def _sources(
+        self, name: str, source: str, mask: Tensor | None, batch: int
+    ) -> tuple[Source, ...]:
+        states, size = self.outputs[source], self._group(name)
+        groups = len(states) // size
+        if len(states) % size or groups not in (1, batch):
+            each = f", {size} for each row" * (size > 1)
             raise ValueError(
-                f"{name!r} has {batch} rows and {source!r} {len(states)}: batches must match, "
-                f"or one row of {source!r} serve them all"
+                f"{name!r} has {batch} rows and {source!r} {len(states)}: batches must match"
+                f"{each}, or one row of {source!r} serve them all"
             )
-        if len(states) == batch:
-            return Source(states, mask)
-        return Source(states, mask, torch.zeros(batch, dtype=torch.long, device=states.device))
+        rows = None
+        if groups != batch:
+            rows = torch.zeros(batch, dtype=torch.long, device=states.device)
+        return tuple(Source(states[turn::size], mask, rows) for turn in range(size))
+
+    def _group(self, name: str) -> int:
+        """How many rows of its source a row of a stack reads."""
+        return getattr(self.stacks[name].cfg, "n_images", 1)
 
 
 class Recording(Flow):
@@ -143,10 +182,22 @@ class Recording(Flow):
     def _doors(self, name: str) -> dict[Door, Tensor]:
         return self.kept[name].doors
 
-    def _source(self, name: str, source: str, mask: Tensor | None, batch: int) -> Source:
-        read = super()._source(name, source, mask, batch)
-        read.kept = self.kept[name].cross
-        self.kept[source].reader, self.kept[source].rows = name, read.rows
+    def read(self, name: str, batch: int, group: int = 1) -> Tensor:
+        """As ever, and keeps which rows were read."""
+        found = super().read(name, batch, group)
+        self.kept[name].group = group
+        if len(found) != batch:
+            self.kept[name].rows = torch.zeros(batch, dtype=torch.long, device=found.device)
+        return found
+
+    def _sources(
+        self, name: str, source: str, mask: Tensor | None, batch: int
+    ) -> tuple[Source, ...]:
+        read = super()._sources(name, source, mask, batch)
+        for one in read:
+            one.kept = self.kept[name].cross
+        kept = self.kept[source]
+        kept.reader, kept.group, kept.rows = name, len(read), read[0].rows
         return read
 
 
@@ -159,6 +210,7 @@ class Resuming(Flow):
         start: the stack to continue in.
         door: where in it; None to begin with its embeddings.
         rows: the base's row that each row of the new batch continues.
+        listeners: the stacks that hooks of this pass name.
         grad: whether backward hooks listen.
     """
 
@@ -169,10 +221,12 @@ class Resuming(Flow):
         start: str,
         door: Door | None,
         rows: Tensor,
+        listeners: set[str],
         grad: bool = False,
     ):
         super().__init__(stacks, grad)
         self.base, self.start, self.door, self.rows = base, start, door, rows
+        self.listeners = listeners
         self.changed: set[str] = set()
 
     def stack(
@@ -185,49 +239,74 @@ class Resuming(Flow):
         source_mask: Tensor | None = None,
         after: Callable[[Tensor], Tensor] = lambda x: x,
         readout: slice = slice(None),
+        at: Tensor | None = None,
+        span: Span = (0, None),
     ) -> Tensor:
         """Runs what a change can reach of a stack, or takes its output from the base."""
         kept, rows = self.base.stacks[name], self.base.rows(name, self.rows)
         self.outputs[name] = kept.output
-        if name != self.start and source not in self.changed:
-            return kept.output
+        first, stop = span
         door: Door | None = self.door
         if name != self.start:
-            door = self._reader_door(name)
-        read = None if source is None else self._source(name, source, source_mask, len(rows))
+            if source in self.changed:
+                door = self._reader_door(name, first)
+            elif name in self.listeners:
+                door = None
+            else:
+                return kept.output
+        read = () if source is None else self._sources(name, source, source_mask, len(rows))
         if mask is not None and len(mask) > 1:
             mask = mask[rows]
-        if door is None:
+        if door is None and not first:
             x = self.stacks[name].embeddings(inputs[rows], grad=self.grad)
         else:
-            x = kept.doors[door][rows]
+            x = kept.doors[door or (first, "attn")][rows]
             if self.grad:
                 x.requires_grad_()  # a copy of the base's rows: the first tensor of the new pass
-        x = self.stacks[name].run(x, Context(mask, read), door or (0, "attn"), readout)
+        x = self.stacks[name].run(x, Context(mask, read), door or (first, "attn"), readout, stop)
         self.changed.add(name)
-        self.outputs[name] = after(x)
+        self.outputs[name] = after(x if at is None else _at(x, at[rows]))
         return self.outputs[name]
 
-    def _reader_door(self, name: str) -> Door | None:
+    def read(self, name: str, batch: int, group: int = 1) -> Tensor:
+        """As ever; of a stack that nothing changed, what the new rows read of the base."""
+        found = super().read(name, batch, group)
+        return found if name in self.changed else found[self.base.groups(name, self.rows)]
+
+    def _reader_door(self, name: str, start: int) -> Door | None:
         """Where a stack begins whose source has changed: at its first cross-attention.
 
         Earlier where somebody listens earlier, so that no hook is ignored.
         """
         stack = self.stacks[name]
         first = min(door for door in self.base.stacks[name].doors if door[1] == "cross_attn")
-        if any(listening(m) for n, m in stack.named_children() if n not in ("blocks", "ln_final")):
+        behind = ("blocks", *stack.AFTER_BLOCKS)
+        if any(listening(m) for n, m in stack.named_children() if n not in behind):
             return None
-        for layer in range(first[0] + 1):
+        for layer in range(start, first[0] + 1):
             block: Any = stack.blocks[layer]
-            before = (m for n, m in block.named_children() if block.PARTS.get(n, "attn") == "attn")
+            before = (
+                part
+                for component, part in block.named_children()
+                if layer < first[0] or block.PARTS.get(component, "attn") == "attn"
+            )
             if any(map(listening, before)):
                 return layer, "attn"
         return first
 
-    def _source(self, name: str, source: str, mask: Tensor | None, batch: int) -> Source:
-        rows = self.base.rows(source, self.rows)
+    def _sources(
+        self, name: str, source: str, mask: Tensor | None, batch: int
+    ) -> tuple[Source, ...]:
+        states, size = self.outputs[source], self._group(name)
+        groups: Tensor | None = self.base.groups(source, self.rows)
+        cross: dict[int, KeyValue] | None = self.base.stacks[name].cross
         if source in self.changed:
-            return Source(self.outputs[source], None if mask is None else mask[rows])
-        if self.grad:  # keys and values are made again, so that gradients reach their points
-            return Source(self.outputs[source].detach().requires_grad_(), mask, rows)
-        return Source(self.outputs[source], mask, rows, self.base.stacks[name].cross)
+            mask = None if mask is None else mask[groups]
+            groups = cross = None
+        elif self.grad:  # keys and values are made again, so that gradients reach their points
+            states, cross = states.detach().requires_grad_(), None
+        return tuple(Source(states[turn::size], mask, groups, cross) for turn in range(size))
+
+
+def _at(x: Tensor, at: Tensor) -> Tensor:
+    return x[torch.arange(len(x), device=x.device), at]

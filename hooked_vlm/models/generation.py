@@ -92,6 +92,6 @@ class Decoder(nn.Module, GenerationMixin):
         positions = torch.arange(offset, offset + new, device=input_ids.device)
         with telling(self, positions):
             x = self.stack.embeddings(input_ids, offset=offset)
-            x = self.stack.run(x, Context(mask, source, past_key_values))
+            x = self.stack.run(x, Context(mask, (source,), past_key_values))
             logits = self.hook_logits(self.unembed(x))
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)

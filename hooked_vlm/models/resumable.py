@@ -130,16 +130,27 @@ class ResumableModel(HookedModel):
         chosen = torch.as_tensor(range(n_rows) if rows is None else rows, device=self.device)
         if chosen.numel() == 0 or chosen.min() < 0 or chosen.max() >= n_rows:
             raise ValueError(f"rows must name rows of the base, 0 to {n_rows - 1}: {rows}")
+        self._check_reached(base, names[0], start)
+        listeners = set()
         for asked, _ in (*fwd_hooks, *bwd_hooks):
             for name in self.hook_dict.match(asked):
+                listeners.add(self.stack_of(name))
                 if self._order(self._place(name)) < self._order(start):
                     raise ValueError(
                         f"a hook at {name!r} would not fire: the pass resumes at {names[0]!r}; "
                         "name it among the sites"
                     )
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end):
-            flow = Resuming(self.stacks, base, *start, chosen, self._grad_wanted)
+            flow = Resuming(self.stacks, base, *start, chosen, listeners, self._grad_wanted)
             return self._flow(flow, **base.inputs)
+
+    def _check_reached(self, base: Base, site: str, start: tuple[str, Door | None]) -> None:
+        stack, door = start
+        if (door or (0, "attn")) not in base.stacks[stack].doors:
+            raise ValueError(
+                f"the pass that made this base did not compute {site!r}; make a base whose "
+                "inputs do"
+            )
 
     def _place(self, name: str) -> tuple[str, Door | None]:
         """The stack and the door from which a pass must be run for a hook to matter."""
@@ -151,7 +162,8 @@ class ResumableModel(HookedModel):
         if top == "hook_logits":
             top = list(self.stacks)[-1]
             return top, (self.stacks[top].cfg.n_layers, "attn")
-        if top in self.GLUE or name.startswith(tuple(f"{s}.ln_final" for s in self.stacks)):
+        behind = top in self.stacks and name.split(".")[1] in self.stacks[top].AFTER_BLOCKS
+        if top in self.GLUE or behind:
             stack = self.GLUE.get(top, top)
             return stack, (self.stacks[stack].cfg.n_layers, "attn")
         return top, None

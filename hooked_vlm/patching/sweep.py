@@ -261,27 +261,28 @@ def _patched(model: HookedVLM, base: Base, batch: list[Cell], source: int, start
     by_module: dict[str, list[tuple[int, Site]]] = {}
     for row, (_, site) in enumerate(batch):
         by_module.setdefault(_module(site.name), []).append((row, site))
+    from_row = torch.tensor([source], device=base.logits.device)
     hooks = [
-        (name, _writer(base.cache[name][base.row(model.stack_of(name), source)], writes))
+        (name, _writer(base.cache[name][base.rows(model.stack_of(name), from_row)], writes))
         for name, writes in by_module.items()
     ]
     return model.resume(base, list(by_module), rows=[start] * len(batch), fwd_hooks=hooks)
 
 
 def _writer(value: Tensor, writes: list[tuple[int, Site]]) -> Callable[..., Tensor]:
-    """A hook that writes one row's value into rows of a batch, where their sites say."""
+    """A hook that writes the value of one patch's rows into a batch, where its sites say."""
+    size = len(value)
 
     def write(activation: Tensor, hook: HookPoint) -> Tensor:
         for row, site in writes:
             where: list[Any] = [slice(None)] * value.dim()
             if site.head is not None and hook.head_axis is not None:
-                where[hook.head_axis - 1] = site.head
+                where[hook.head_axis] = site.head
             if site.position is not None:
-                axis = hook.pos_dim - 1
-                if not -value.shape[axis] <= site.position < value.shape[axis]:
+                if not -value.shape[hook.pos_dim] <= site.position < value.shape[hook.pos_dim]:
                     raise ValueError(f"{site.name!r} has no position {site.position}")
-                where[axis] = site.position
-            activation[(row, *where)] = value[tuple(where)]
+                where[hook.pos_dim] = site.position
+            activation[row * size : (row + 1) * size][tuple(where)] = value[tuple(where)]
         return activation
 
     return write
