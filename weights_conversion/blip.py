@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import BlipConfig
 
-from hooked_vlm.config import BLIPConfig, StackConfig, Task, TextConfig, VisionConfig
-from weights_conversion import blip_hf, blip_original, processors
+from hooked_vlm.config import BLIPConfig, Task, TextConfig, VisionConfig
+from weights_conversion import blip_hf, blip_original, processors, shapes_of
 from weights_conversion.files import Checkpoint, InMemory, save
 from weights_conversion.rules import ConversionError, Rule, Shape, plan, rename, revert
 
@@ -165,59 +165,14 @@ def convert_file(
 
 def shapes(cfg: BLIPConfig) -> dict[str, Shape]:
     """The shapes of a model's tensors, by our names."""
-    vision = cfg.vision
-    found: dict[str, Shape] = {
-        "vision.embed.class_token": (1, 1, vision.d_model),
-        "vision.embed.patch.weight": (vision.d_model, 3, vision.patch_size, vision.patch_size),
-        "vision.embed.patch.bias": (vision.d_model,),
-        "vision.pos_embed": (1, vision.n_ctx, vision.d_model),
-        **_norm("vision.ln_final", vision.d_model),
-    }
-    for layer in range(vision.n_layers):
-        found |= _block(f"vision.blocks.{layer}", vision)
+    found = shapes_of.vision(cfg.vision)
     for name, stack in (("text", cfg.text), ("decoder", cfg.decoder)):
-        if stack is None:
-            continue
-        found[f"{name}.embed.weight"] = (stack.d_vocab, stack.d_model)
-        found[f"{name}.pos_embed"] = (stack.n_ctx, stack.d_model)
-        found |= _norm(f"{name}.ln_embed", stack.d_model)
-        for layer in range(stack.n_layers):
-            block = f"{name}.blocks.{layer}"
-            found |= _block(block, stack) | _norm(f"{block}.ln_cross", stack.d_model)
-            found |= _attention(f"{block}.cross_attn", stack.d_model, stack.d_source)
+        if stack is not None:
+            found |= shapes_of.text(name, stack)
     if cfg.decoder is not None:
-        found |= _linear("unembed.dense", cfg.decoder.d_model, cfg.decoder.d_model)
-        found |= _norm("unembed.ln", cfg.decoder.d_model)
-        found["unembed.out.bias"] = (cfg.decoder.d_vocab,)
+        found |= shapes_of.unembed(cfg.decoder)
     if cfg.task == "itm" and cfg.text is not None:
-        found |= _linear("itm_head", cfg.text.d_model, 2)
-        found |= _linear("vision_proj", vision.d_model, cfg.d_proj)
-        found |= _linear("text_proj", cfg.text.d_model, cfg.d_proj)
+        found |= shapes_of.linear("itm_head", cfg.text.d_model, 2)
+        found |= shapes_of.linear("vision_proj", cfg.vision.d_model, cfg.d_proj)
+        found |= shapes_of.linear("text_proj", cfg.text.d_model, cfg.d_proj)
     return found
-
-
-def _block(name: str, cfg: StackConfig) -> dict[str, Shape]:
-    return (
-        _attention(f"{name}.attn", cfg.d_model, cfg.d_model)
-        | _norm(f"{name}.ln1", cfg.d_model)
-        | _norm(f"{name}.ln2", cfg.d_model)
-        | _linear(f"{name}.mlp.fc_in", cfg.d_model, cfg.d_mlp)
-        | _linear(f"{name}.mlp.fc_out", cfg.d_mlp, cfg.d_model)
-    )
-
-
-def _attention(name: str, d_model: int, d_source: int) -> dict[str, Shape]:
-    return (
-        _linear(f"{name}.q", d_model, d_model)
-        | _linear(f"{name}.k", d_source, d_model)
-        | _linear(f"{name}.v", d_source, d_model)
-        | _linear(f"{name}.o", d_model, d_model)
-    )
-
-
-def _linear(name: str, d_in: int, d_out: int) -> dict[str, Shape]:
-    return {f"{name}.weight": (d_out, d_in), f"{name}.bias": (d_out,)}
-
-
-def _norm(name: str, d_model: int) -> dict[str, Shape]:
-    return {f"{name}.weight": (d_model,), f"{name}.bias": (d_model,)}
