@@ -12,12 +12,11 @@ from typing import Any
 
 from hooked_vlm.config import BLIPConfig, Task, TextConfig, VisionConfig
 from weights_conversion import blip_hf
-from weights_conversion.rules import ConversionError, Rule, Shape, ignore
+from weights_conversion.rules import ConversionError, Rule, Shape, ignore, positions
 
 _VISION_NAMES = [
     ("vision_model.encoder.layers.", "visual_encoder.blocks."),
     ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
-    ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
     ("vision_model.embeddings.patch_embedding.", "visual_encoder.patch_embed.proj."),
     ("vision_model.post_layernorm.", "visual_encoder.norm."),
     (".self_attn.qkv.", ".attn.qkv."),
@@ -50,6 +49,8 @@ OTHER_TASKS: dict[Task, list[Rule]] = {
 
 
 def _renamed(rule: Rule) -> Rule:
+    if rule.targets == ("vision.pos_embed",):
+        return positions("visual_encoder.pos_embed", *rule.targets)
     source = rule.source
     for theirs, original in _VISION_NAMES:
         source = source.replace(theirs, original)

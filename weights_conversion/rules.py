@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from math import isqrt
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _WILD = {"{l}": r"(?P<l>\d+)", "{p}": r"(?P<p>weight|bias)"}
@@ -33,12 +35,19 @@ class Rule:
             where it is ignored or a copy.
         same_as: for a copy, the source that it repeats.
         because: why it is ignored.
+        transposed: whether a matrix stands the other way round.
+        axes: how many axes of length one ours has in front of the source's.
+        grid: whether it is a table of positions, a class token's and a square grid's, which may
+            be of another size.
     """
 
     source: str
     targets: tuple[str, ...] = ()
     same_as: str = ""
     because: str = ""
+    transposed: bool = False
+    axes: int = 0
+    grid: bool = False
 
 
 def rename(source: str, target: str) -> Rule:
@@ -49,6 +58,24 @@ def rename(source: str, target: str) -> Rule:
 def split(source: str, targets: Sequence[str]) -> Rule:
     """A tensor that is cut into equal parts along its first axis."""
     return Rule(source, tuple(targets))
+
+
+def transpose(source: str, target: str) -> Rule:
+    """A matrix that stands the other way round."""
+    return Rule(source, (target,), transposed=True)
+
+
+def unsqueeze(source: str, target: str, axes: int) -> Rule:
+    """A tensor that has axes of length one in front of it here."""
+    return Rule(source, (target,), axes=axes)
+
+
+def positions(source: str, target: str, axes: int = 0) -> Rule:
+    """A table of positions of patches, behind a class token's; another grid is interpolated.
+
+    The last axis but one counts positions. Source: `interpolate_pos_embed` of ALBEF and BLIP.
+    """
+    return Rule(source, (target,), axes=axes, grid=True)
 
 
 def copy_of(source: str, original: str) -> Rule:
@@ -63,16 +90,34 @@ def ignore(source: str, because: str) -> Rule:
 
 @dataclass(frozen=True)
 class Step:
-    """What becomes of one source tensor."""
+    """What becomes of one source tensor: its rule, our names, and the shape that each needs."""
 
     source: str
+    rule: Rule
     targets: tuple[str, ...]
+    shape: Shape
 
     def apply(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The target tensors: the source itself, or views of it."""
+        """The target tensors: the source itself, or views of it; a table that is interpolated."""
+        if self.rule.transposed:
+            tensor = tensor.mT
+        if self.rule.grid and tensor.shape[-2] != self.shape[-2]:
+            tensor = _interpolated(tensor, self.shape[-2])
+        if self.rule.axes:
+            tensor = tensor[(None,) * self.rule.axes]
         if len(self.targets) == 1:
             return {self.targets[0]: tensor}
         return dict(zip(self.targets, tensor.chunk(len(self.targets)), strict=True))
+
+
+def _interpolated(table: Tensor, n_positions: int) -> Tensor:
+    """A table of positions for another grid: bicubic, in float32; the class token's row stays."""
+    first, grid = table[..., :1, :], table[..., 1:, :]
+    old, new = round(grid.shape[-2] ** 0.5), round((n_positions - 1) ** 0.5)
+    image = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2).float()
+    image = F.interpolate(image, size=(new, new), mode="bicubic", align_corners=False)
+    resized = image.permute(0, 2, 3, 1).reshape(*table.shape[:-2], new * new, -1)
+    return torch.cat([first, resized.to(table.dtype)], dim=-2)
 
 
 @cache
@@ -132,9 +177,10 @@ def plan(
             original = _find(rules, rule.same_as)
             assert original is not None, f"the table has no line for {rule.same_as!r}"
             rule, wild = original
-        step = Step(name, tuple(_fill(target, wild) for target in rule.targets))
+        filling = tuple(_fill(target, wild) for target in rule.targets)
+        part = _becomes(shape, rule, targets.get(filling[0]) if filling else None)
+        step = Step(name, rule, filling, part or ())
         for target in step.targets:
-            part = _part(shape, len(step.targets))
             if target not in targets:
                 problems.append(f"left over: {name!r} would fill {target!r}, which is not there")
             elif target in filled:
@@ -156,10 +202,22 @@ def plan(
     return steps
 
 
-def _part(shape: Shape, parts: int) -> Shape | None:
-    if parts == 1:
+def _becomes(shape: Shape, rule: Rule, wanted: Shape | None) -> Shape | None:
+    """The shape of what a rule makes of a tensor, None if it cannot."""
+    if rule.transposed:
+        shape = shape[::-1]
+    shape = (1,) * rule.axes + shape
+    tables = [table for table in (shape, wanted or ()) if len(table) > 1]
+    if rule.grid and len(tables) == 2 and all(_is_square(table[-2] - 1) for table in tables):
+        shape = (*shape[:-2], tables[1][-2], shape[-1])
+    parts = len(rule.targets)
+    if parts <= 1:
         return shape
     return (shape[0] // parts, *shape[1:]) if shape and shape[0] % parts == 0 else None
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and isqrt(number) ** 2 == number
 
 
 def convert(
@@ -195,9 +253,15 @@ def revert(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Te
                     raise ConversionError(f"missing: {', '.join(map(repr, lost))}")
                 used.update(parts)
                 whole = [tensors[part] for part in parts]
-                made[_fill(rule.source, wild)] = torch.cat(whole) if len(whole) > 1 else whole[0]
+                made[_fill(rule.source, wild)] = _reverted(whole, rule)
                 break
     lost = [name for name in tensors if name not in used]
     if lost:
         raise ConversionError(f"no rule writes {', '.join(map(repr, lost[:8]))}")
     return made
+
+
+def _reverted(parts: list[Tensor], rule: Rule) -> Tensor:
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    whole = whole[(0,) * rule.axes]
+    return whole.mT if rule.transposed else whole
