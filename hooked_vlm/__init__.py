@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hooked_vlm import data, patching
+    from hooked_vlm.models.albef import HookedALBEF
     from hooked_vlm.models.base import HookedVLM
     from hooked_vlm.models.blip import HookedBLIP
+    from hooked_vlm.models.clip import HookedCLIP
 
 __version__ = "0.1.0"
-__all__ = ["HookedBLIP", "HookedVLM", "data", "patching"]
+__all__ = ["HookedALBEF", "HookedBLIP", "HookedCLIP", "HookedVLM", "data", "patching"]
 
-_WHERE = {"HookedBLIP": "hooked_vlm.models.blip", "HookedVLM": "hooked_vlm.models.base"}
+_WHERE = {
+    "HookedALBEF": "hooked_vlm.models.albef",
+    "HookedBLIP": "hooked_vlm.models.blip",
+    "HookedCLIP": "hooked_vlm.models.clip",
+    "HookedVLM": "hooked_vlm.models.base",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 Task = Literal["itm", "captioning", "vqa"]
+ALBEFTask = Literal["itm", "pretrain", "vqa", "ve", "nlvr"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,3 +152,128 @@ class BLIPConfig:
     bos_token_id: int = 30522
     sep_token_id: int = 102
     pad_token_id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ALBEFConfig:
+    """An ALBEF (arXiv 2107.07651) for one task.
+
+    Attributes:
+        task: `itm` (retrieval and grounding), `pretrain` (the masked-token head of a pre-training
+            file), `vqa`, `ve` (visual entailment) or `nlvr` (a sentence about two images).
+        vision: the image encoder.
+        text: the text encoder, whose cross-attention begins at its `fusion_layer`.
+        decoder: the answer decoder (`vqa`), else None.
+        d_proj: width of the image-text similarity space, None for a file without projections.
+        temperature: whether the file holds the temperature of the similarity, `temp`.
+        d_class: classes of the head of `ve` and `nlvr`, else None.
+        max_words: words of a text that are read; the original cuts the rest off.
+        bos_token_id: first token of an answer, `[CLS]`.
+        sep_token_id: `[SEP]`, which ends an answer.
+        pad_token_id: `[PAD]`.
+    """
+
+    task: ALBEFTask
+    vision: VisionConfig
+    text: TextConfig
+    decoder: TextConfig | None = None
+    d_proj: int | None = None
+    temperature: bool = False
+    d_class: int | None = None
+    max_words: int = 30
+    bos_token_id: int = 101
+    sep_token_id: int = 102
+    pad_token_id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig:
+    """CLIP's ResNet (arXiv 2103.00020 sec. 2.4), whose blocks count over all stages.
+
+    Attributes:
+        stages: bottleneck blocks in each stage; each stage after the first halves the map.
+        width: channels behind the stem; a stage has four times its width, doubled at each next.
+        n_heads: heads of the attention pool.
+        image_size: side of the image, in pixels.
+        eps: constant under the root of every batch norm.
+    """
+
+    stages: tuple[int, ...]
+    width: int
+    n_heads: int
+    image_size: int
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not self.stages or min(self.stages) < 1:
+            raise ValueError(f"stages={self.stages}: each of them has one block at least")
+        if self.width % 2:
+            raise ValueError(f"width={self.width} is odd; the stem starts with half of it")
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"the attention pool is {self.d_model} wide, no multiple of n_heads={self.n_heads}"
+            )
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of {self.stride}, the pixels of a "
+                "cell of the last map"
+            )
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of all stages together."""
+        return sum(self.stages)
+
+    @property
+    def stage_ends(self) -> tuple[int, ...]:
+        """The number of each stage's last block, whose output is the stage's."""
+        return tuple(end - 1 for end in accumulate(self.stages))
+
+    @property
+    def stride(self) -> int:
+        """Pixels along one side of a cell of the last map, 32 for four stages."""
+        return int(2 ** (len(self.stages) + 1))
+
+    @property
+    def d_model(self) -> int:
+        """Channels of the last map, which the attention pool reads."""
+        return self.width * self.stride
+
+    @property
+    def d_head(self) -> int:
+        """Width of one head of the attention pool."""
+        return self.d_model // self.n_heads
+
+    @property
+    def grid(self) -> int:
+        """Cells along one side of the last map."""
+        return self.image_size // self.stride
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions of the attention pool: the cells, and their mean in front."""
+        return self.grid**2 + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig:
+    """A CLIP (arXiv 2103.00020).
+
+    Attributes:
+        vision: the image encoder, a vision transformer or a ResNet.
+        text: the text encoder.
+        d_proj: width of the space that both project to.
+        eos_token_id: the token at which a text is read, where it stands first; 2 means the highest
+            id of the text, as in configurations that were written before that number was right.
+        bos_token_id: first token of a text.
+        pad_token_id: what fills up shorter texts.
+        task: what the model does, always `clip`.
+    """
+
+    vision: VisionConfig | ResNetConfig
+    text: TokenConfig
+    d_proj: int
+    eos_token_id: int
+    bos_token_id: int
+    pad_token_id: int
+    task: Literal["clip"] = "clip"

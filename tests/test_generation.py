@@ -167,7 +167,7 @@ def test_hooks_go_after_an_exception():
 
 def test_what_cannot_be_generated():
     itm: Member = ZOO[0]
-    with pytest.raises(ValueError, match="an itm checkpoint writes no text"):
+    with pytest.raises(ValueError, match="has no decoder and writes no text"):
         itm.model().generate(**itm.inputs(1))
     with pytest.raises(ValueError, match="the question, is missing"):
         pair(VQA)[1].generate(inputs_of(VQA)["pixel_values"])

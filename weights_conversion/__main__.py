@@ -12,16 +12,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    source: Annotated[Path, typer.Argument(help="A released BLIP file, such as model_base.pth.")],
+    source: Annotated[Path, typer.Argument(help="A released file, such as ALBEF.pth.")],
     out: Annotated[Path, typer.Argument(help="The folder to write; it appears whole or not.")],
     task: Annotated[
         str | None,
-        typer.Option(help="itm, captioning or vqa, for a pre-training file, which serves several."),
+        typer.Option(help="Such as itm, for a pre-training file, which serves several."),
     ] = None,
     processor: Annotated[
         str | None,
         typer.Option(
-            help="Folder or Hub name with the tokenizer.", show_default="bert-base-uncased"
+            help="Folder or Hub name with the tokenizer.", show_default="as trained, from the Hub"
         ),
     ] = None,
     heads: Annotated[
@@ -31,30 +31,40 @@ def main(
             help="Heads of vision, text or decoder, if not 64 wide, such as text=4. Repeatable.",
         ),
     ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side in pixels that the position table is interpolated to, such as 384.",
+            show_default="the file's",
+        ),
+    ] = None,
 ) -> None:
     """Converts a released checkpoint to safetensors and config.json.
 
     The folder has the layout of transformers where that has a class for it, else our own;
-    HookedBLIP.from_pretrained reads both.
+    from_pretrained reads both.
     """
-    overrides = {}
+    overrides: dict[str, dict[str, int]] = {}
     for one in heads or []:
         stack, _, number = one.partition("=")
         if not number.isdecimal():
             raise typer.BadParameter(f"{one!r} is not STACK=NUMBER", param_hint="--heads")
         overrides[stack] = {"n_heads": int(number)}
+    if image_size is not None:
+        overrides.setdefault("vision", {})["image_size"] = image_size
     if not source.is_file():
         raise typer.BadParameter(f"there is no file {str(source)!r}", param_hint="SOURCE")
     # Imported here, so that --help answers at once.
-    from weights_conversion import blip
+    from weights_conversion.families import CLASSES
+    from weights_conversion.folders import convert_file
 
     try:
-        cfg, config = blip.convert_file(source, out, task, processor, overrides)
+        family, cfg, config = convert_file(source, out, task, processor, overrides)
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
-    kind = "transformers" if config["model_type"] == "blip" else "hooked_vlm alone"
-    typer.echo(f"{out}: a BLIP for {cfg.task}, in the layout of {kind}")
+    kind = "hooked_vlm alone" if config["model_type"].startswith("hooked_") else "transformers"
+    typer.echo(f"{out}: for {CLASSES[family]}, task {cfg.task}, in the layout of {kind}")
 
 
 if __name__ == "__main__":

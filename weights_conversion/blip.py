@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import BlipConfig
 
-from hooked_vlm.config import BLIPConfig, Task, TextConfig, VisionConfig
-from weights_conversion import blip_hf, blip_original, processors, shapes_of
-from weights_conversion.files import Checkpoint, InMemory, save
-from weights_conversion.rules import ConversionError, Rule, Shape, plan, rename, revert
+from hooked_vlm.config import BLIPConfig, TextConfig, VisionConfig
+from weights_conversion import blip_hf, blip_original, families, processors, shapes_of
+from weights_conversion.files import Checkpoint, InMemory
+from weights_conversion.rules import ConversionError, Rule, Shape, rename
 
 OURS = "hooked_blip"  # the model_type of folders that transformers has no class for
+find_processor = processors.find
 
 
 def read(
@@ -36,16 +36,14 @@ def read(
         ConversionError: no BLIP, or one whose task cannot be told or is another.
     """
     shapes = checkpoint.shapes
-    kind = None if hf_config is None else hf_config.get("model_type")
-    if hf_config is not None and kind not in ("blip", OURS):
-        raise ConversionError(f"config.json is of model_type {kind!r}; HookedBLIP reads 'blip'")
+    families.expect("blip", shapes, hf_config)
     if hf_config is not None and overrides:
         raise ConversionError("config= is for bare files; this checkpoint has a config.json")
-    if hf_config is not None and kind == OURS:
+    if hf_config is not None and hf_config["model_type"] == OURS:
         cfg = from_dict(hf_config)
-        _ask(task, [cfg.task])
+        families.ask(task, [cfg.task])
         return cfg, [rename(name, name) for name in shapes]
-    known = _ask(task, blip_hf.tasks(shapes))
+    known = families.ask(task, blip_hf.tasks(shapes))
     if hf_config is not None:
         try:
             full = BlipConfig.from_dict(dict(hf_config)).to_dict()
@@ -59,16 +57,6 @@ def read(
             "their sizes; name the folder that holds both"
         )
     return blip_original.config(shapes, known, overrides), blip_original.RULES[known]
-
-
-def _ask(task: str | None, found: list[Task]) -> Task:
-    if task is not None and task not in found:
-        raise ConversionError(f"task={task!r}, but the tensors are those of {', '.join(found)}")
-    if task is None and len(found) > 1:
-        raise ConversionError(
-            f"the tensors serve several tasks; pass task= one of {', '.join(found)}"
-        )
-    return next(name for name in found if task in (None, name))
 
 
 def write(cfg: BLIPConfig) -> tuple[dict[str, Any], list[Rule] | None]:
@@ -130,37 +118,6 @@ def from_dict(config: Mapping[str, Any]) -> BLIPConfig:
         return BLIPConfig(**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise ConversionError(f"config.json is none of ours: {error}") from error
-
-
-def convert_file(
-    source: Path,
-    out: Path,
-    task: str | None,
-    processor: str | None,
-    overrides: Mapping[str, Mapping[str, Any]],
-) -> tuple[BLIPConfig, dict[str, Any]]:
-    """Writes a bare file as a folder and returns our configuration and the `config.json`.
-
-    Args:
-        source: the file.
-        out: the folder.
-        task: as in `read`.
-        processor: where the tokenizer is, None for `bert-base-uncased` on the Hub.
-        overrides: as in `read`.
-
-    Raises:
-        ConversionError: as `read`, or tensors that do not fit.
-        FileNotFoundError: no tokenizer.
-    """
-    checkpoint = Checkpoint([source])
-    cfg, rules = read(checkpoint, None, task, overrides)
-    steps = plan(checkpoint.shapes, rules, shapes(cfg), checkpoint.same)
-    made, cfg = processors.find(processor, None, cfg)
-    tensors = checkpoint.read(step.source for step in steps)
-    ours = {name: part for step in steps for name, part in step.apply(tensors[step.source]).items()}
-    config, layout = write(cfg)
-    save(out, ours if layout is None else revert(ours, layout), config, made)
-    return cfg, config
 
 
 def shapes(cfg: BLIPConfig) -> dict[str, Shape]:

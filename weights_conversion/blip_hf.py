@@ -40,7 +40,6 @@ def bert(ours: str, theirs: str) -> list[Rule]:
 
 
 _LAYER, _BLOCK = "vision_model.encoder.layers.{l}", "vision.blocks.{l}"
-_HEAD = "text_decoder.cls.predictions"
 
 VISION = [
     rename("vision_model.embeddings.class_embedding", "vision.embed.class_token"),
@@ -59,28 +58,35 @@ VISION = [
     ignore("*.position_ids", because="a buffer of indices, made anew"),
 ]
 
-UNEMBED = [
-    rename(f"{_HEAD}.transform.dense.{{p}}", "unembed.dense.{p}"),
-    rename(f"{_HEAD}.transform.LayerNorm.{{p}}", "unembed.ln.{p}"),
-    rename(f"{_HEAD}.bias", "unembed.out.bias"),
-    copy_of(f"{_HEAD}.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"),
-    copy_of(f"{_HEAD}.decoder.bias", f"{_HEAD}.bias"),
-]
+
+def unembed(theirs: str, bert: str) -> list[Rule]:
+    """The prediction head of `theirs`, whose matrix is that of the embeddings of `bert`."""
+    head = f"{theirs}.cls.predictions"
+    return [
+        rename(f"{head}.transform.dense.{{p}}", "unembed.dense.{p}"),
+        rename(f"{head}.transform.LayerNorm.{{p}}", "unembed.ln.{p}"),
+        rename(f"{head}.bias", "unembed.out.bias"),
+        copy_of(f"{head}.decoder.weight", f"{bert}.embeddings.word_embeddings.weight"),
+        copy_of(f"{head}.decoder.bias", f"{head}.bias"),
+    ]
+
 
 ITM_HEADS = [
     rename(f"{head}.{{p}}", f"{head}.{{p}}") for head in ("itm_head", "vision_proj", "text_proj")
 ]
 
-RULES: dict[Task, list[Rule]] = {
-    "itm": [*VISION, *bert("text", "text_encoder"), *ITM_HEADS],
-    "captioning": [*VISION, *bert("decoder", "text_decoder.bert"), *UNEMBED],
-    "vqa": [
-        *VISION,
-        *bert("text", "text_encoder"),
-        *bert("decoder", "text_decoder.bert"),
-        *UNEMBED,
-    ],
+_DECODER = [
+    *bert("decoder", "text_decoder.bert"),
+    *unembed("text_decoder", "text_decoder.bert"),
+]
+
+# What stands beside the image encoder.
+PARTS: dict[Task, list[Rule]] = {
+    "itm": [*bert("text", "text_encoder"), *ITM_HEADS],
+    "captioning": _DECODER,
+    "vqa": [*bert("text", "text_encoder"), *_DECODER],
 }
+RULES: dict[Task, list[Rule]] = {task: [*VISION, *parts] for task, parts in PARTS.items()}
 
 ARCHITECTURES: dict[Task, str] = {
     "itm": "BlipForImageTextRetrieval",

@@ -1,22 +1,31 @@
-"""The processors of BLIP checkpoints, on PIL, so that torchvision is not needed."""
+"""The processors of BLIP and ALBEF checkpoints, on PIL: torchvision is not needed."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import AutoTokenizer, BlipConfig, BlipImageProcessorPil, BlipProcessor
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoTokenizer,
+    BlipConfig,
+    BlipImageProcessorPil,
+    BlipProcessor,
+    PreTrainedTokenizerFast,
+)
 
-from hooked_vlm.config import BLIPConfig
+from hooked_vlm.config import ALBEFConfig, BLIPConfig
 
-BERT = "bert-base-uncased"  # the vocabulary that BLIP was trained with
+Config = TypeVar("Config", BLIPConfig, ALBEFConfig)
+
+BERT = "bert-base-uncased"  # the vocabulary that BLIP and ALBEF were trained with
 ADDED = ("[DEC]", "[ENC]")  # what its training added behind that vocabulary, in this order
 
 
 def find(
-    given: Any, own: str | None, cfg: BLIPConfig, *, revision: str | None = None, **download: Any
-) -> tuple[Any, BLIPConfig]:
+    given: Any, own: str | None, cfg: Config, *, revision: str | None = None, **download: Any
+) -> tuple[Any, Config]:
     """The processor to use, and the configuration with what a bare file learns from it.
 
     Args:
@@ -41,7 +50,9 @@ def find(
     return processor, cfg if own is not None else with_special_tokens(cfg, processor.tokenizer)
 
 
-def load(source: str | Path, cfg: BLIPConfig, **download: Any) -> BlipProcessor | None:
+def load(
+    source: str | Path, cfg: BLIPConfig | ALBEFConfig, **download: Any
+) -> BlipProcessor | None:
     """A checkpoint's own processor; None where its folder holds neither of its parts.
 
     Args:
@@ -71,7 +82,9 @@ def load(source: str | Path, cfg: BLIPConfig, **download: Any) -> BlipProcessor 
     return BlipProcessor(images, _complete(tokenizer, cfg, str(source)))
 
 
-def for_file(source: str | Path | None, cfg: BLIPConfig, **download: Any) -> BlipProcessor:
+def for_file(
+    source: str | Path | None, cfg: BLIPConfig | ALBEFConfig, **download: Any
+) -> BlipProcessor:
     """A processor for a bare `.pth`, which holds no vocabulary.
 
     Args:
@@ -95,17 +108,22 @@ def for_file(source: str | Path | None, cfg: BLIPConfig, **download: Any) -> Bli
     return BlipProcessor(BlipImageProcessorPil(size=size), tokenizer)
 
 
-def with_special_tokens(cfg: BLIPConfig, tokenizer: Any) -> BLIPConfig:
+def with_special_tokens(cfg: Config, tokenizer: Any) -> Config:
     """The configuration with a tokenizer's ids.
 
     Raises:
         ValueError: a tokenizer without one of them.
     """
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "sep")}
-    ids["pad_token_id"] = tokenizer.pad_token_id
+    first = "cls" if isinstance(cfg, ALBEFConfig) else "bos"  # what a decoded text begins with
+    ids = {
+        "bos_token_id": getattr(tokenizer, f"{first}_token_id"),
+        "sep_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     if missing := [name for name, number in ids.items() if number is None]:
         raise ValueError(
-            f"the tokenizer has no {' and no '.join(missing)}; a BLIP's has [DEC] as its bos_token"
+            f"the tokenizer has no {' and no '.join(missing)}; a BLIP's has [DEC] as its "
+            "bos_token, an ALBEF's [CLS] in its place"
         )
     return replace(cfg, **ids)
 
@@ -120,10 +138,12 @@ def _tokenizer(source: str | Path, **download: Any) -> Any:
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
 
-def _complete(tokenizer: Any, cfg: BLIPConfig, source: str) -> Any:
+def _complete(tokenizer: Any, cfg: BLIPConfig | ALBEFConfig, source: str) -> Any:
     d_vocab = next(stack.d_vocab for stack in (cfg.text, cfg.decoder) if stack is not None)
+    if isinstance(cfg, ALBEFConfig):
+        tokenizer = _without_final_sep(tokenizer)
     # Released folders hold BERT's vocabulary as it is, of two tokens less than the weights.
-    if tokenizer.bos_token is None and len(tokenizer) + len(ADDED) <= d_vocab:
+    elif tokenizer.bos_token is None and len(tokenizer) + len(ADDED) <= d_vocab:
         tokenizer.add_special_tokens({"bos_token": ADDED[0]})
         tokenizer.add_tokens(list(ADDED[1:]), special_tokens=True)
     if len(tokenizer) > d_vocab:
@@ -132,3 +152,23 @@ def _complete(tokenizer: Any, cfg: BLIPConfig, source: str) -> Any:
             "pass processor= with the folder or the Hub name of the one they were trained with"
         )
     return tokenizer
+
+
+def _without_final_sep(tokenizer: Any) -> PreTrainedTokenizerFast:
+    """The tokenizer of ALBEF's own repository: `[CLS] X`, where BERT's puts `[SEP]` behind.
+
+    transformers' BertTokenizer makes its own template whenever it is loaded, so the plain class
+    holds the changed one.
+    """
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        model_max_length=tokenizer.model_max_length,
+        **tokenizer.special_tokens_map,
+    )
+    cls, sep = made.cls_token, made.sep_token
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{cls} $A",
+        pair=f"{cls} $A {sep} $B:1",
+        special_tokens=[(cls, made.cls_token_id), (sep, made.sep_token_id)],
+    )
+    return made

@@ -19,7 +19,7 @@ from hooked_vlm.models.names import Names, Site
 class ResumableModel(HookedModel):
     """A hooked model whose pass is written once, as calls of `flow.stack`, and can be resumed."""
 
-    # The stack behind which each part of the glue is computed.
+    # The stack behind which each part of the glue is computed, if not the last one.
     GLUE: ClassVar[dict[str, str]]
 
     @property
@@ -159,14 +159,10 @@ class ResumableModel(HookedModel):
             block = self.stacks[site.stack].block_list[site.layer]
             return site.stack, (site.layer, block.PARTS.get(site.component.split(".")[0], "attn"))
         top = name.partition(".")[0]
-        if top == "hook_logits":
-            top = list(self.stacks)[-1]
-            return top, (self.stacks[top].cfg.n_layers, "attn")
-        behind = top in self.stacks and name.split(".")[1] in self.stacks[top].AFTER_BLOCKS
-        if top in self.GLUE or behind:
-            stack = self.GLUE.get(top, top)
-            return stack, (self.stacks[stack].cfg.n_layers, "attn")
-        return top, None
+        if top in self.stacks and name.split(".")[1] not in self.stacks[top].AFTER_BLOCKS:
+            return top, None
+        stack = top if top in self.stacks else self.GLUE.get(top, list(self.stacks)[-1])
+        return stack, (self.stacks[stack].cfg.n_layers, "attn")
 
     def stack_of(self, name: str) -> str:
         """The stack that a hook point belongs to, or behind which it is computed."""
