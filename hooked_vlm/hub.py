@@ -53,7 +53,11 @@ def locate(name_or_path: str | Path, **download: Any) -> Located:
         return Located(name, [path], None, None)
     if path.is_dir():
         return _folder(name, path)
-    if path.is_absolute() or name.count("/") > 1 or path.suffix in {".pth", ".bin", ".safetensors"}:
+    if (
+        path.is_absolute()
+        or name.count("/") > 1
+        or path.suffix in {".pth", ".pt", ".bin", ".safetensors"}
+    ):
         raise FileNotFoundError(f"{name!r} is neither a file nor a folder")
     return _hub(name, download)
 

@@ -1,8 +1,7 @@
-"""The models that general tests run on: random weights, small sizes, beside their references.
+"""BLIPs with random weights for the general tests, beside their references.
 
-An architecture joins by adding its members to `ZOO`. A member knows how to make a transformers
-model with random weights, what to feed it, and which tensor of which reference module each of our
-hook names must equal.
+A member of the zoo knows how to make a model with random weights, what to feed it and, where there
+is a reference to run, which tensor of which of its modules each of our hook names must equal.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def randomize(model: nn.Module, std: float | None, seed: int = 0) -> None:
         if parameter.dim() > 1:
             fan_in = parameter[0].numel() if parameter.shape[0] > 1 else 4
             noise = noise * (std or fan_in**-0.5)
-        elif parameter.data.unique().numel() == 1 and parameter.data[0] == 1:
+        elif (parameter.data == 1).all():
             noise = 1 + 0.2 * noise  # the gain of a norm
         else:
             noise = 0.2 * noise
@@ -152,6 +151,19 @@ class Member:
             answer, seen = texts(self.size.vocab, [3 - i % 2 for i in range(rows)], generator)
             inputs |= {"decoder_input_ids": answer, "decoder_attention_mask": seen}
         return inputs
+
+    @property
+    def reader(self) -> str:
+        """The stack that reads the image."""
+        return "decoder" if self.task == "captioning" else "text"
+
+    fusion = 0  # its first block with cross-attention
+
+    @staticmethod
+    def chosen(inputs: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
+        """Some rows of the inputs, of which one image may serve all."""
+        n_texts = len(inputs["input_ids"])
+        return {k: v if len(v) == 1 != n_texts else v[rows] for k, v in inputs.items()}
 
     def table(self) -> dict[str, Reference]:
         """For each of our hook names the tensor of the reference that it must equal."""
@@ -298,8 +310,8 @@ def error(ours: Tensor, theirs: Tensor, floor: float = 1.0) -> float:
     return (ours - theirs).abs().max().item() / largest
 
 
-# One of each task: what the tests of hooks and of resuming run on. Architectures join here.
-ZOO = [Member("itm", SMALL), Member("captioning", SMALL), Member("vqa", SMALL_EQUAL)]
+# One of each task: what the general tests run on, beside the other architectures (whole_zoo.py).
+BLIP = [Member("itm", SMALL), Member("captioning", SMALL), Member("vqa", SMALL_EQUAL)]
 # Further shapes, for parity with the references.
 PARITY = [Member("itm", TINY), Member("captioning", TINY), Member("vqa", EQUAL)]
 PARITY += [Member("itm", DEEP), Member("captioning", DEEP), Member("vqa", EQUAL_DEEP)]

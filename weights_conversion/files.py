@@ -8,6 +8,7 @@ import re
 import struct
 import tempfile
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from weights_conversion import torchscript
 from weights_conversion.rules import ConversionError, Shape
 
 # What torch.load raises for files that are cut short or are no checkpoints, by where they break.
@@ -39,7 +41,8 @@ class Checkpoint:
     """Tensors of one or several files, memory-mapped and read when they are asked for.
 
     Args:
-        files: `.safetensors`, `.bin` or `.pth` files that together hold each tensor once.
+        files: `.safetensors`, `.bin`, `.pth` or `.pt` files, TorchScript's archives among them,
+            that together hold each tensor once.
 
     Raises:
         ConversionError: a file that is cut short, that holds code, or that holds no tensors.
@@ -107,6 +110,12 @@ class InMemory:
     def same(self, a: str, b: str) -> bool:
         """Whether two tensors hold the same numbers."""
         return _same(self._state[a], self._state[b])
+
+
+def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All in the widest of their types; those of OpenAI's files are of two."""
+    widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    return {name: tensor.to(widest) for name, tensor in tensors.items()}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -186,8 +195,12 @@ def _open(file: Path) -> Any:
 
 
 def _unpickle(file: Path, mapped: bool) -> dict[str, Tensor]:
+    loaded: Any
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        if mapped and torchscript.is_archive(file):
+            loaded = torchscript.read(file)
+        else:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, *_BROKEN) as error:
         if code := _CODE.search(str(error)):
             raise ConversionError(

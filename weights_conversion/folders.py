@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion import families
-from weights_conversion.files import Checkpoint, save
+from weights_conversion.files import Checkpoint, save, widened
 from weights_conversion.rules import ConversionError, plan, revert
 
 
@@ -45,6 +45,7 @@ def convert_file(
     made, cfg = layout.find_processor(processor, None, cfg)
     tensors = checkpoint.read(step.source for step in steps)
     ours = {name: part for step in steps for name, part in step.apply(tensors[step.source]).items()}
+    ours = widened(ours)
     config, table = layout.write(cfg)
     save(out, ours if table is None else revert(ours, table), config, made)
     return kind, cfg, config

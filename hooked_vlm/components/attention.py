@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooked_vlm.components.hook_point import HookPoint
-from hooked_vlm.config import StackConfig
+from hooked_vlm.config import ResNetConfig, StackConfig
 
 KeyValue = tuple[Tensor, Tensor]  # [rows, pos, head, d_head] each, before their hook points
 
@@ -63,7 +63,12 @@ class Attention(nn.Module):
         d_out: width of what the output projection gives; by default that of the stack.
     """
 
-    def __init__(self, cfg: StackConfig, d_source: int | None = None, d_out: int | None = None):
+    def __init__(
+        self,
+        cfg: StackConfig | ResNetConfig,
+        d_source: int | None = None,
+        d_out: int | None = None,
+    ):
         super().__init__()
         self.n_heads, self.d_head = cfg.n_heads, cfg.d_head
         self.q = nn.Linear(cfg.d_model, cfg.d_model)
@@ -168,7 +173,7 @@ class SelfAttention(Attention):
         queries: slice = slice(None),
         past: Any = None,
         layer: int = 0,
-    ) -> Float[Tensor, "batch query d_model"]:
+    ) -> Float[Tensor, "batch query d_out"]:
         """Attends from `queries` to every position, and to those in `past`.
 
         Args:

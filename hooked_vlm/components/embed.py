@@ -24,14 +24,18 @@ class PatchEmbed(nn.Module):
     def forward(
         self, pixel_values: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch pos d_model"]:
-        size = self.cfg.image_size
-        if pixel_values.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"pixel_values is {list(pixel_values.shape)}, the model reads images of "
-                f"{size} x {size} pixels; model.prepare(images, text) makes them"
-            )
+        check_pixels(pixel_values, self.cfg.image_size)
         patches = self.patch(pixel_values.to(self.patch.weight.dtype)).flatten(2).mT
         return torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1)
+
+
+def check_pixels(pixel_values: Tensor, size: int) -> None:
+    """Refuses anything but square RGB images of that side."""
+    if pixel_values.shape[1:] != (3, size, size):
+        raise ValueError(
+            f"pixel_values is {list(pixel_values.shape)}, the model reads images of "
+            f"{size} x {size} pixels; model.prepare(images, text) makes them"
+        )
 
 
 class TokenEmbed(nn.Module):

@@ -33,15 +33,17 @@ class HookPoint(LensHookPoint):
     Args:
         head_axis: the axis that counts heads, None for an activation without heads.
         n_heads: how many heads that axis holds.
+        positions: whether an axis counts positions; a map of a ResNet, [batch, channel, row,
+            column], has none.
     """
 
-    def __init__(self, head_axis: int | None = None, n_heads: int = 0):
+    def __init__(self, head_axis: int | None = None, n_heads: int = 0, positions: bool = True):
         super().__init__()  # type: ignore[no-untyped-call]
         self.head_axis = head_axis
         self.n_heads = n_heads
         self.heads: dict[int, HookPoint] = {}
         # The position axis in the batched layout (TransformerLens' word for it).
-        self.pos_dim: int = 2 if head_axis == 1 else 1
+        self.pos_dim: int | None = (2 if head_axis == 1 else 1) if positions else None
         self._readers: set[int] = set()  # ids of the hooks that only read
 
     @property

@@ -15,7 +15,13 @@ from hooked_vlm.components.blocks import Context, Door, PostNormBlock, PreNormBl
 from hooked_vlm.components.embed import PatchEmbed, TokenEmbed
 from hooked_vlm.components.hook_point import HookPoint, listening
 from hooked_vlm.components.norm import LayerNorm
-from hooked_vlm.config import StackConfig, TextConfig, TokenConfig, VisionConfig
+from hooked_vlm.config import (
+    ResNetConfig,
+    StackConfig,
+    TextConfig,
+    TokenConfig,
+    VisionConfig,
+)
 
 Block = TypeVar("Block", PreNormBlock, PostNormBlock)
 _HEAD_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O", "OV", "QK")
@@ -84,35 +90,39 @@ class HeadWeights:
 class Stack(nn.Module, Generic[Block]):
     """Embeddings, blocks and what follows the last block."""
 
-    cfg: StackConfig
+    cfg: StackConfig | ResNetConfig
     blocks: nn.ModuleList
     pre_norm: bool
     AFTER_BLOCKS: ClassVar[tuple[str, ...]] = ("ln_final",)  # the modules behind the last block
 
     def run(
         self,
-        x: Float[Tensor, "batch pos d_model"],
+        x: Float[Tensor, "batch ..."],
         context: Context,
         start: Door = (0, "attn"),
         readout: slice = slice(None),
         stop: int | None = None,
-    ) -> Float[Tensor, "batch readout d_model"]:
+    ) -> Float[Tensor, "batch ..."]:
         """Runs the blocks from the door `start` on.
 
         Args:
             x: the stream at that door.
             context: what the blocks read besides it.
             start: layer and part; the layer after the last means the door behind all blocks.
-            readout: the positions that are read of the output. A last block in which nobody
-                listens computes only those.
+            readout: the positions that are read of the output. A last block computes only those,
+                unless somebody listens in it or behind it.
             stop: the block to stop before, whose door's stream is the output; None for the end.
         """
         first, part = start
         end = self.cfg.n_layers if stop is None else stop
         last = self.cfg.n_layers - 1
+        behind: list[nn.Module] = [
+            module for name, module in self.named_children() if name in self.AFTER_BLOCKS
+        ]
         for layer in range(first, end):
             block = self.blocks[layer]
-            trim = layer == last != first and readout != slice(None) and not listening(block)
+            trim = layer == last != first and readout != slice(None)
+            trim = trim and not any(map(listening, (block, *behind)))
             x = block(
                 x,
                 context.wanting(readout) if trim else context,
@@ -135,7 +145,7 @@ class Stack(nn.Module, Generic[Block]):
         return x
 
     def head_weights(self, layer_type: str = "attn") -> HeadWeights:
-        """The weights of `attn` or `cross_attn` over all blocks, as `W_Q`, ..., `OV`, `QK`."""
+        """The weights of `attn` or `cross_attn`, over the blocks that have it: `W_Q`, ..., `QK`."""
         found = [getattr(block, layer_type, None) for block in self.blocks]
         attentions = [attention for attention in found if isinstance(attention, Attention)]
         if not attentions:
@@ -197,9 +207,7 @@ class VisionStack(Stack[PreNormBlock]):
         """Patches and class token, and their positions; normalized where `ln_pre` is."""
         embed = self.embed(pixel_values)
         pos = self.pos_embed.expand(len(embed), -1, -1)
-        x: Tensor = self.hook_embed(_needing(embed, grad)) + self.hook_pos_embed(
-            _needing(pos, grad)
-        )
+        x: Tensor = self.hook_embed(needing(embed, grad)) + self.hook_pos_embed(needing(pos, grad))
         return self.ln_pre(x) if self.cfg.ln_pre else x
 
     def finish(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
@@ -238,9 +246,7 @@ class TokenStack(Stack[Block]):
             )
         embed = self.embed(input_ids)
         pos = self.pos_embed[offset:end].expand(len(embed), -1, -1)
-        x: Tensor = self.hook_embed(_needing(embed, grad)) + self.hook_pos_embed(
-            _needing(pos, grad)
-        )
+        x: Tensor = self.hook_embed(needing(embed, grad)) + self.hook_pos_embed(needing(pos, grad))
         return x
 
     def visible(
@@ -308,7 +314,7 @@ class TextStack(TokenStack[PostNormBlock]):
         x = super().embeddings(input_ids, offset=offset, grad=grad)
         if self.cfg.n_token_types:
             kind = self.token_type_embed[0].expand(x.shape)
-            x = x + self.hook_token_type_embed(_needing(kind, grad))
+            x = x + self.hook_token_type_embed(needing(kind, grad))
         normalized: Tensor = self.ln_embed(x)
         return normalized
 
@@ -352,7 +358,8 @@ class Unembed(nn.Module):
         return logits
 
 
-def _needing(x: Tensor, grad: bool) -> Tensor:
+def needing(x: Tensor, grad: bool) -> Tensor:
+    """The tensor itself; where `grad`, one that requires grad."""
     if grad and not x.requires_grad:
         x = x.detach()
         x.requires_grad_()

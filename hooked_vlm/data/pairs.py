@@ -187,7 +187,8 @@ def shapes_pairs(
         n: how many.
         seed: the same seed gives the same pairs.
         task: `itm`: the scene's caption; `vqa`: a question that the scene and its variant answer
-            differently; `captioning`: the caption up to the word that differs.
+            differently; `captioning`: the caption up to the word that differs; `clip`: the
+            captions of both, since every image is compared with every text.
         attribute: `color`, `shape` or `relation`, what the variant changes; None goes round all
             three.
         corrupt: what is corrupt: the `image`, which shows the variant, or (`itm`) the `text`,
@@ -200,8 +201,8 @@ def shapes_pairs(
     """
     if corrupt not in ("image", "text") or (corrupt == "text" and task != "itm"):
         raise ValueError(f"corrupt is 'image', or 'text' for task 'itm', not {corrupt!r}")
-    if task not in ("itm", "vqa", "captioning"):
-        raise ValueError(f"task is 'itm', 'vqa' or 'captioning', not {task!r}")
+    if task not in ("itm", "vqa", "captioning", "clip"):
+        raise ValueError(f"task is 'itm', 'vqa', 'captioning' or 'clip', not {task!r}")
     made = []
     for index, scenes in enumerate(shapes.minimal_pairs(n, seed, attribute)):
         clean, other = scenes.clean, scenes.corrupt
@@ -214,6 +215,8 @@ def shapes_pairs(
             text = text.split(f" {answer}")[0]
             if text == "a":  # either shape could come now: the one that differs is named last
                 text = clean.reversed().caption().split(f" {answer}")[0]
+        elif task == "clip":
+            corrupt_text = other.caption()
         elif corrupt == "text":
             corrupt_text, corrupt_image = other.caption(), None
         name = f"{index}: {scenes.attribute}"

@@ -5,8 +5,6 @@ Source: Li et al., Align before Fuse (arXiv 2107.07651), sec. 3 and 4.
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -26,7 +24,7 @@ from hooked_vlm.components.stack import TextStack, Unembed, VisionStack
 from hooked_vlm.config import ALBEFConfig
 from hooked_vlm.models.flow import Flow, Span
 from hooked_vlm.models.fused import FusedVLM
-from hooked_vlm.models.inputs import ImageLike, check_texts
+from hooked_vlm.models.inputs import ImageLike, check_texts, pre_caption
 from weights_conversion import Checkpoint, InMemory, processors
 from weights_conversion import albef as layout
 from weights_conversion.rules import Rule
@@ -50,7 +48,7 @@ class HookedALBEF(FusedVLM):
     """ALBEF with every activation named; see `docs/names.md` for the names.
 
     Args:
-        cfg: sizes and task. Weights are zero until they are loaded; `from_pretrained` does both.
+        cfg: sizes and task. Weights are noise until they are loaded; `from_pretrained` does both.
     """
 
     WRITERS = ("vqa",)
@@ -58,8 +56,7 @@ class HookedALBEF(FusedVLM):
     cfg: ALBEFConfig
 
     def __init__(self, cfg: ALBEFConfig):
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg)
         self.vision = VisionStack(cfg.vision)
         self.hook_image_embeds = HookPoint()  # [images, image_pos, d_vision]
         self.text = TextStack(cfg.text)
@@ -158,7 +155,7 @@ class HookedALBEF(FusedVLM):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_embeds: Tensor | None = None,
-        mode: Mode = "multi_modal",
+        mode: str = "multi_modal",
     ) -> Tensor:
         _check_mode(mode, pixel_values, input_ids, encoder_embeds)
         self._refuse_writers(mode)
@@ -214,14 +211,14 @@ class HookedALBEF(FusedVLM):
             span=span,
         )
 
-    def _refuse_writers(self, mode: Mode) -> None:
+    def _refuse_writers(self, mode: str) -> None:
         """A partial pass would ignore hooks at points that it does not compute."""
         if mode == "multi_modal":
             return
         fusion = self.cfg.text.fusion_layer
         for point in self.hook_points():
-            if not point.listening or point.reads_only:
-                continue
+            if not (point.has_writers or point._backward_hooks):
+                continue  # whoever only reads finds nothing, and says so
             stack, door = self._place(str(point.name))
             early = stack == "text" and (door is None or door[0] < fusion)
             if early != (mode == "text"):
@@ -266,7 +263,9 @@ class HookedALBEF(FusedVLM):
     def _encode(self, texts: list[str], first_token: str) -> dict[str, Tensor]:
         if first_token != "cls":
             raise ValueError(f"first_token of an ALBEF is 'cls', not {first_token!r}")
-        return super()._encode([_clean(text, self.cfg.max_words) for text in texts], first_token)
+        return super()._encode(
+            [pre_caption(text, self.cfg.max_words) for text in texts], first_token
+        )
 
     def prepare_answers(
         self, answers: Sequence[str]
@@ -353,31 +352,6 @@ class HookedALBEF(FusedVLM):
         x = self.decoder.embeddings(ids, grad=self._grad_wanted)
         x = self.decoder.run(x, Context(self.decoder.visible(ids, mask), (question,)))
         return self.hook_logits(self.unembed(x))
-
-
-_PUNCTUATION = re.compile(r"""[,.'!?"()*#:;~]""")
-
-
-def _clean(text: str, max_words: int) -> str:
-    """A text as the released code cleans it.
-
-    Source: `pre_caption` in `dataset/utils.py` of ALBEF.
-
-    Raises:
-        ValueError: nothing is left of the text.
-    """
-    plain = _PUNCTUATION.sub("", text.lower()).replace("-", " ").replace("/", " ")
-    plain = re.sub(r"\s{2,}", " ", plain.replace("<person>", "person")).rstrip("\n").strip(" ")
-    words = plain.split(" ")
-    if not plain.strip():
-        raise ValueError(f"nothing is left of {text!r} without its punctuation")
-    if len(words) > max_words:
-        warnings.warn(
-            f"a text of {len(words)} words is cut off after {max_words}, as in the released code: "
-            f"{text[:60]!r}",
-            stacklevel=4,
-        )
-    return " ".join(words[:max_words])
 
 
 def _check_mode(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -13,10 +14,17 @@ from transformers import BatchEncoding, PreTrainedModel
 
 from hooked_vlm.components.stack import TokenStack, Unembed
 from hooked_vlm.hub import locate
-from hooked_vlm.models.inputs import Geometry, ImageLike, check_texts, open_images, token_map
+from hooked_vlm.models.inputs import (
+    Geometry,
+    ImageLike,
+    check_texts,
+    open_images,
+    token_map,
+    visible,
+)
 from hooked_vlm.models.loading import assign
 from hooked_vlm.models.resumable import ResumableModel
-from weights_conversion import Checkpoint, InMemory, revert
+from weights_conversion import Checkpoint, ConversionError, InMemory, families, revert
 from weights_conversion.files import read_json, save
 from weights_conversion.rules import Rule
 
@@ -36,6 +44,11 @@ class HookedVLM(ResumableModel):
     cfg: Any
     processor: Any = None
     provenance: dict[str, Any]
+
+    def __init__(self, cfg: Any):
+        super().__init__()
+        self.cfg = cfg
+        self.provenance = {"model": type(self).__name__, "revision": None, "task": cfg.task}
 
     @property
     def task(self) -> str:
@@ -59,7 +72,7 @@ class HookedVLM(ResumableModel):
         processor: str | Path | Any = None,
         config: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Model:
-        """Opens a checkpoint.
+        """Opens a checkpoint; `HookedVLM.from_pretrained` itself finds the class that it needs.
 
         Args:
             name_or_path: a packaged toy, a folder, a released file, or a name on the Hub.
@@ -92,13 +105,14 @@ class HookedVLM(ResumableModel):
         checkpoint = Checkpoint(located.files)
         download["revision"] = located.revision
         hf_config = None if located.config is None else read_json(located.config)
-        cfg, rules = cls._read_layout(checkpoint, hf_config, task, config or {})
-        processor, cfg = cls._find_processor(processor, located.processor, cfg, download)
+        kind = cls._kind(checkpoint.shapes, hf_config)
+        cfg, rules = kind._read_layout(checkpoint, hf_config, task, config or {})
+        processor, cfg = kind._find_processor(processor, located.processor, cfg, download)
         with torch.device("meta"):
-            model = cls(cfg)
+            model = kind(cfg)
         assign(model, checkpoint, rules, dtype, device)
         model.processor = processor
-        model.provenance = {"model": located.name, "revision": located.revision, "task": cfg.task}
+        model.provenance |= {"model": located.name, "revision": located.revision}
         return model.eval()
 
     @classmethod
@@ -112,13 +126,14 @@ class HookedVLM(ResumableModel):
         Raises:
             weights_conversion.ConversionError: a model of another kind.
         """
-        state = hf_model.state_dict()
-        cfg, rules = cls._read_layout(InMemory(state), hf_model.config.to_dict(), None, {})
+        state, hf_config = hf_model.state_dict(), hf_model.config.to_dict()
+        kind = cls._kind(state, hf_config)
+        cfg, rules = kind._read_layout(InMemory(state), hf_config, None, {})
         with torch.device("meta"):
-            model = cls(cfg)
+            model = kind(cfg)
         assign(model, InMemory(state), rules, None, None)
         model.processor = processor
-        model.provenance = {"model": type(hf_model).__name__, "revision": None, "task": cfg.task}
+        model.provenance["model"] = type(hf_model).__name__
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -133,6 +148,21 @@ class HookedVLM(ResumableModel):
         config, rules = self._write_layout()
         state = dict(self.named_parameters())
         save(folder, state if rules is None else revert(state, rules), config, self.processor)
+
+    @classmethod
+    def _kind(
+        cls: type[Model], names: Iterable[str], hf_config: Mapping[str, Any] | None
+    ) -> type[Model]:
+        """The class itself; the checkpoint's own where `HookedVLM` was asked."""
+        if cls is not HookedVLM:
+            return cls
+        family = families.family(names, hf_config)
+        if family is None:
+            known = ", ".join(families.CLASSES.values())
+            raise ConversionError(f"this checkpoint is of none of the zoo's classes, {known}")
+        module = importlib.import_module(f"hooked_vlm.models.{family}")
+        found: type[Model] = getattr(module, families.CLASSES[family])
+        return found
 
     @classmethod
     def _find_processor(
@@ -182,21 +212,25 @@ class HookedVLM(ResumableModel):
         if text is None and self.task != "captioning":
             raise ValueError(f"a model for task {self.task!r} needs a text")
         pictures, processor = open_images(images), self._processor
-        texts = None if text is None else check_texts(text)
-        if texts is not None and len(texts) == 1:
-            texts *= len(pictures)
-        if texts is not None and len(pictures) not in (1, len(texts)):
-            raise ValueError(f"{len(pictures)} images do not match {len(texts)} texts")
+        texts = None if text is None else self._match(check_texts(text), len(pictures))
         encoded = {} if texts is None else self._encode(texts, first_token)
         pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         inputs = BatchEncoding({"pixel_values": pixels.to(self.dtype), **encoded}).to(self.device)
         geometry = [
-            Geometry(picture.size, (0.0, 0.0, float(picture.width), float(picture.height)))
+            Geometry(picture.size, visible(picture.size, processor.image_processor))
             for picture in pictures
         ]
         # Attributes, no entries: `model(**inputs)` must not get them.
         vars(inputs).update(geometry=geometry, first_token=first_token)
         return inputs
+
+    def _match(self, texts: list[str], n_images: int) -> list[str]:
+        """The texts, one for each image or all for one image."""
+        if len(texts) == 1:
+            texts *= n_images
+        if n_images not in (1, len(texts)):
+            raise ValueError(f"{n_images} images do not match {len(texts)} texts")
+        return texts
 
     def _encode(self, texts: list[str], first_token: str) -> dict[str, Tensor]:
         encoded = self.tokenizer(

@@ -27,14 +27,13 @@ class HookedBLIP(FusedVLM):
     """BLIP with every activation named; see `docs/names.md` for the names.
 
     Args:
-        cfg: sizes and task. Weights are zero until they are loaded; `from_pretrained` does both.
+        cfg: sizes and task. Weights are noise until they are loaded; `from_pretrained` does both.
     """
 
     WRITERS = ("captioning", "vqa")
 
     def __init__(self, cfg: BLIPConfig):
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg)
         self.vision = VisionStack(cfg.vision)
         self.hook_image_embeds = HookPoint()  # [batch, image_pos, d_vision]
         if cfg.text is not None:

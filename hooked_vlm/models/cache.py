@@ -9,6 +9,7 @@ import transformer_lens
 from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
+from hooked_vlm.config import ResNetConfig
 from hooked_vlm.models.names import head_of
 
 if TYPE_CHECKING:
@@ -120,6 +121,11 @@ class StackCache(transformer_lens.ActivationCache):
         return self
 
     def _refuse(self, what: str) -> NoReturn:
+        if isinstance(self.model.cfg, ResNetConfig):
+            raise NotImplementedError(
+                f"{what} in {self.name!r}: a ReLU follows each sum and the stages' maps differ in "
+                "shape, so contributions of blocks do not add up to the output. Indexing works"
+            )
         raise NotImplementedError(
             f"{what} in {self.name!r}: its blocks are post-norm, each norm rescales the sum, so "
             "contributions of layers do not add up to the output. Indexing, stack_activation, "
@@ -141,6 +147,8 @@ class StackCache(transformer_lens.ActivationCache):
         """
         if self.model.pre_norm:
             return super().accumulated_resid(layer, incl_mid, apply_ln, *args, **kwargs)
+        if isinstance(self.model.cfg, ResNetConfig):
+            self._refuse("accumulated_resid")
         if apply_ln:
             self._refuse("apply_ln")
         normalized = copy(self)
@@ -155,13 +163,25 @@ class StackCache(transformer_lens.ActivationCache):
         """See TransformerLens; pre-norm stacks only."""
         if not self.model.pre_norm:
             self._refuse("decompose_resid")
-        return super().decompose_resid(*args, **kwargs)
+        return super(StackCache, self._from_block_0()).decompose_resid(*args, **kwargs)
 
     def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
         """See TransformerLens; pre-norm stacks only."""
         if not self.model.pre_norm:
             self._refuse("get_full_resid_decomposition")
-        return super().get_full_resid_decomposition(*args, **kwargs)
+        read = self._from_block_0()
+        return super(StackCache, read).get_full_resid_decomposition(*args, **kwargs)
+
+    def _from_block_0(self) -> StackCache:
+        """The same; where a norm stands before block 0, its output is the embedding entry."""
+        if not getattr(self.model.cfg, "ln_pre", False):
+            return self
+        read = copy(self)
+        stream = self.cache_dict.get("blocks.0.hook_resid_pre")
+        read.has_embed, read.has_pos_embed = stream is not None, False
+        if stream is not None:
+            read.cache_dict = self.cache_dict | {"hook_embed": stream}
+        return read
 
     def logit_lens(self, **kwargs: Any) -> Any:
         """Refuses: no pre-norm stack of this model is followed by an unembedding."""

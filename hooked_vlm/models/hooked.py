@@ -118,9 +118,8 @@ class HookedModel(HookedRootModule):
 
         def save(tensor: Tensor, hook: HookPoint, suffix: str = "") -> None:
             value = tensor.detach().to(device)
-            position = hook.pos_dim
-            if value.dim() > 2:
-                value = cut.apply(value, dim=position)
+            if value.dim() > 2 and hook.pos_dim is not None:
+                value = cut.apply(value, dim=hook.pos_dim)
             if remove_batch_dim:
                 if len(value) != 1:
                     raise ValueError(
@@ -140,6 +139,12 @@ class HookedModel(HookedRootModule):
             save(tensor, hook, "_grad")
 
         names = self.hook_dict.match(names_filter)
+        maps = [name for name in names if self.hook_dict[name].pos_dim is None]
+        if pos_slice is not None and maps:
+            raise ValueError(
+                f"{maps[0]!r} is [batch, channel, row, column] and has no positions for pos_slice; "
+                "name points that have in names_filter"
+            )
         fwd = [(name, forward) for name in names]
         return entries, fwd, [(name, backward) for name in names] if incl_bwd else []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 ImageLike = Image.Image | str | Path
+_PUNCTUATION = re.compile(r"""[,.'!?"()*#:;~]""")
 _KINDS = "neither a PIL image nor a path"
 # What PIL raises for files that are no images, are cut short, or would fill the memory.
 _NO_IMAGE = (
@@ -37,6 +40,30 @@ class Geometry:
 
     size: tuple[int, int]
     crop: tuple[float, float, float, float]
+
+
+def visible(size: tuple[int, int], processor: Any) -> tuple[float, float, float, float]:
+    """The box of an image that a model sees: CLIP's processors cut its middle out.
+
+    Args:
+        size: width and height of the original, in pixels.
+        processor: an image processor of transformers, which may resize and then crop.
+
+    Returns:
+        (left, top, right, bottom) in pixels of the original.
+    """
+    width, height = size
+    if not getattr(processor, "do_center_crop", False):
+        return 0.0, 0.0, float(width), float(height)
+    across, down = width, height  # after resizing
+    if processor.do_resize and (short := processor.size.get("shortest_edge")):
+        across, down = (int(short * side / min(size)) for side in size)
+    elif processor.do_resize:
+        across, down = processor.size["width"], processor.size["height"]
+    crop = processor.crop_size
+    left, top = (across - crop["width"]) // 2, (down - crop["height"]) // 2
+    x, y = width / across, height / down  # pixels of the original in one of the resized
+    return left * x, top * y, (left + crop["width"]) * x, (top + crop["height"]) * y
 
 
 def open_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
@@ -86,6 +113,28 @@ def check_texts(text: str | Sequence[str]) -> list[str]:
         if not isinstance(one, str) or not one.strip():
             raise ValueError(f"text {index} is empty or no string: {one!r}")
     return texts
+
+
+def pre_caption(text: str, max_words: int) -> str:
+    """A text as ALBEF's released code cleans it.
+
+    Source: `pre_caption` in `dataset/utils.py` of ALBEF.
+
+    Raises:
+        ValueError: nothing is left of the text.
+    """
+    plain = _PUNCTUATION.sub("", text.lower()).replace("-", " ").replace("/", " ")
+    plain = re.sub(r"\s{2,}", " ", plain.replace("<person>", "person")).rstrip("\n").strip(" ")
+    words = plain.split(" ")
+    if not plain.strip():
+        raise ValueError(f"nothing is left of {text!r} without its punctuation")
+    if len(words) > max_words:
+        warnings.warn(
+            f"a text of {len(words)} words is cut off after {max_words}, as in the released code: "
+            f"{text[:60]!r}",
+            stacklevel=5,
+        )
+    return " ".join(words[:max_words])
 
 
 def token_map(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weights_conversion import Checkpoint, InMemory, plan
+from weights_conversion.files import widened
 from weights_conversion.rules import Rule, Shape, Step
 
 SLACK = 0.05  # how far a conversion may exceed the size of what it makes
@@ -27,7 +28,8 @@ def assign(
         model: the model, whose tied parameters stay tied.
         checkpoint: where the tensors are.
         rules: the table of its layout.
-        dtype: what to convert to; None keeps the released numbers, memory-mapped.
+        dtype: what to convert to; None keeps the released numbers, memory-mapped, and widens them
+            where they are of several types.
         device: where to put them; None leaves them where they are, the CPU for files.
 
     Raises:
@@ -39,6 +41,7 @@ def assign(
     filled: dict[str, Tensor] = {}
     for part in _parts(steps, checkpoint.shapes, dtype) if dtype or device else [steps]:
         filled |= _read(checkpoint, part, dtype, device)
+    filled = widened(filled)
     fresh = {
         id(parameters[name]): nn.Parameter(filled[name], requires_grad=False) for name in filled
     }

@@ -117,9 +117,12 @@ def as_metric(metric: Metric | Callable[[Tensor], Tensor] | None, model: HookedV
 
     Args:
         metric: a metric; a function from all logits to a number per row; None for `itm_margin`
-            where the model says match or no match, and for `logit_diff` elsewhere.
+            where the model says match or no match, for the logit of the first text minus that of
+            the second where it compares images with texts, and for `logit_diff` elsewhere.
         model: the model.
     """
+    if metric is None and model.task == "clip":
+        return logit_diff(0, 1)
     if metric is None:
         return itm_margin() if model.task == "itm" else logit_diff()
     if isinstance(metric, Metric):

@@ -81,6 +81,11 @@ def activation_patching(
     runs, first = _runs(model, pairs, chosen, first_token)
     modules = list({_module(site.name): None for site in swept})
     base = model.base_run(**runs[0].inputs(), names_filter=modules)
+    if len(base.logits) < 2:
+        raise ValueError(
+            f"the pair gives {len(base.logits)} row of logits, not one for the clean and one for "
+            "the corrupt input; of a model whose rows are images, it needs a corrupt image"
+        )
     at = _positions(model, positions, modules, base, runs)
     placed = swept if at is None else [replace(site, position=p) for site in swept for p in at]
     cells = list(enumerate(placed))
@@ -206,6 +211,8 @@ def _positions(
         return None
     counts = {name: _n_positions(model, name, base) for name in modules}
     fewest = min(counts, key=lambda name: counts[name])
+    if positions == "each" and not counts[fewest]:
+        raise ValueError(f"{fewest!r} has no positions; pass positions=None for its sites")
     if positions == "each":
         if len(set(counts.values())) > 1:
             raise ValueError(
@@ -236,7 +243,9 @@ def _positions(
 
 def _n_positions(model: HookedVLM, name: str, base: Base) -> int:
     value, axis = base.cache[name], model.hook_dict[name].pos_dim
-    return value.shape[axis] if value.dim() > 2 else 0  # [batch, 2] of an itm head has none
+    if axis is None or value.dim() <= 2:  # a map of a ResNet; [batch, 2] of an itm head
+        return 0
+    return value.shape[axis]
 
 
 def _module(name: str) -> str:
@@ -279,9 +288,10 @@ def _writer(value: Tensor, writes: list[tuple[int, Site]]) -> Callable[..., Tens
             if site.head is not None and hook.head_axis is not None:
                 where[hook.head_axis] = site.head
             if site.position is not None:
-                if not -value.shape[hook.pos_dim] <= site.position < value.shape[hook.pos_dim]:
+                axis = hook.pos_dim
+                if axis is None or not -value.shape[axis] <= site.position < value.shape[axis]:
                     raise ValueError(f"{site.name!r} has no position {site.position}")
-                where[hook.pos_dim] = site.position
+                where[axis] = site.position
             activation[row * size : (row + 1) * size][tuple(where)] = value[tuple(where)]
         return activation
 
