@@ -1,15 +1,17 @@
-"""A full-size BLIP with random weights, and fair timing of several things in turn."""
+"""Full-size models with random weights, and fair timing of several things in turn."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
-from hooked_vlm import HookedBLIP
+from hooked_vlm import HookedALBEF, HookedBLIP
+from hooked_vlm.config import ALBEFConfig
 
 
 def blip_base() -> tuple[BlipForImageTextRetrieval, HookedBLIP]:
@@ -20,6 +22,19 @@ def blip_base() -> tuple[BlipForImageTextRetrieval, HookedBLIP]:
     )
     theirs = BlipForImageTextRetrieval(config).eval().requires_grad_(False)
     return theirs, HookedBLIP.from_hf(theirs)
+
+
+def albef_base() -> HookedALBEF:
+    """An ALBEF for retrieval at 384 pixels, with BLIP-base's image encoder and a late fusion."""
+    _, blip = blip_base()
+    cfg = blip.cfg
+    assert cfg.text is not None
+    text = replace(cfg.text, fusion_layer=6, n_token_types=2)
+    model = HookedALBEF(ALBEFConfig(task="itm", vision=cfg.vision, text=text, d_proj=256)).eval()
+    for name, parameter in model.named_parameters():
+        known = dict(blip.named_parameters()).get(name)
+        parameter.copy_(torch.randn_like(parameter) * 0.02 if known is None else known)
+    return model
 
 
 def inputs(images: int, texts: int, tokens: int = 14) -> dict[str, torch.Tensor]:

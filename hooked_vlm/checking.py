@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from hooked_vlm.data import shapes
 from hooked_vlm.hub import locate
 from hooked_vlm.models.base import HookedVLM
-from weights_conversion.blip_hf import ARCHITECTURES
 
 # Largest error that rounding explains, over the tensor's largest value (at least 1).
 TOLERANCE = {
@@ -29,9 +28,14 @@ TOLERANCE = {
 }
 
 # What transformers' modules give, and what we call it: module, which of its outputs, hook name.
-EXPOSED: list[tuple[str, int | None, str]] = [
+Exposed = list[tuple[str, int | None, str]]
+
+VISION: Exposed = [
     (r"vision_model\.encoder\.layers\.(\d+)", None, "vision.blocks.{}.hook_resid_post"),
     (r"vision_model\.encoder\.layers\.(\d+)\.self_attn", 1, "vision.blocks.{}.attn.hook_pattern"),
+]
+BLIP: Exposed = [
+    *VISION,
     (r"vision_model\.post_layernorm", None, "hook_image_embeds"),
 ] + [
     (rf"{theirs}\.encoder\.layer\.(\d+){module}", output, f"{ours}.blocks.{{}}.{name}")
@@ -45,18 +49,31 @@ EXPOSED: list[tuple[str, int | None, str]] = [
         (r"\.output\.dense", None, "hook_mlp_out"),
     )
 ]
+CLIP: Exposed = [
+    *VISION,
+    (r"text_model\.encoder\.layers\.(\d+)", None, "text.blocks.{}.hook_resid_post"),
+    (r"text_model\.encoder\.layers\.(\d+)\.self_attn", 1, "text.blocks.{}.attn.hook_pattern"),
+]
 
 
 def reference(model: HookedVLM, name: str, revision: str | None) -> Any:
     """The same weights in transformers; of a file that it cannot read, as we save them."""
-    kind = getattr(transformers, ARCHITECTURES[model.cfg.task])
+    config, _ = model._write_layout()
+    if "architectures" not in config:
+        raise ValueError(
+            f"transformers has no class for {name!r} ({config['model_type']}): there is nothing to "
+            "compare with. The tests hold this architecture against golden numbers"
+        )
+    kind = getattr(transformers, config["architectures"][0])
     source = locate(name, revision=revision).processor
     with tempfile.TemporaryDirectory() as folder:
         if source is None:
             model.save_pretrained(folder)
             source = folder
         with _quietly():
-            hf = kind.from_pretrained(source, revision=revision, dtype=model.dtype)
+            hf = kind.from_pretrained(
+                source, revision=revision, dtype=model.dtype, attn_implementation="eager"
+            )
     return hf.to(model.device).eval()
 
 
@@ -72,7 +89,9 @@ def _quietly() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def activations(hf: nn.Module, run: Callable[[], Any]) -> tuple[dict[str, Tensor], Any]:
+def activations(
+    hf: nn.Module, exposed: Exposed, run: Callable[[], Any]
+) -> tuple[dict[str, Tensor], Any]:
     """What transformers' modules give in one run, under our names, and the run's own result."""
     found: dict[str, Tensor] = {}
 
@@ -85,7 +104,7 @@ def activations(hf: nn.Module, run: Callable[[], Any]) -> tuple[dict[str, Tensor
 
     handles = []
     for path, module in hf.named_modules():
-        for pattern, output, name in EXPOSED:
+        for pattern, output, name in exposed:
             if match := re.fullmatch(pattern, path):
                 handles.append(
                     module.register_forward_hook(record(name.format(*match.groups()), output))
@@ -117,10 +136,16 @@ def check(model: HookedVLM, name: str, *, revision: str | None = None) -> bool:
         start = torch.full((1, 1), model.cfg.bos_token_id, device=model.device)
         inputs["decoder_input_ids"] = theirs["decoder_input_ids"] = start
         hf.text_decoder.cls.register_forward_hook(lambda *given: heads.append(given[2]))
-    expected, result = activations(hf, lambda: hf(**theirs))
-    expected["hook_logits"] = (
-        result.itm_score if model.task == "itm" else heads[0] if heads else result.logits
-    )
+    exposed = CLIP if model.task == "clip" else BLIP
+    expected, result = activations(hf, exposed, lambda: hf(**theirs))
+    if model.task == "clip":
+        expected["hook_image_embeds"] = result.image_embeds
+        expected["hook_text_embeds"] = result.text_embeds
+        expected["hook_logits"] = result.logits_per_image
+    else:
+        expected["hook_logits"] = (
+            result.itm_score if model.task == "itm" else heads[0] if heads else result.logits
+        )
     _, cache = model.run_with_cache(**inputs, names_filter=list(expected))
     worst: dict[str, tuple[float, str]] = {}
     counts: dict[str, int] = {}

@@ -36,7 +36,7 @@ Revision = Annotated[str | None, typer.Option(help="Of a Hub name.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
 DType = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; as released by default.")]
 Processor = Annotated[str | None, typer.Option(help="Where a bare .pth gets its tokenizer.")]
-Task = Annotated[str | None, typer.Option(help="itm, captioning or vqa, if a file serves several.")]
+Task = Annotated[str | None, typer.Option(help="Such as itm, if a file serves several.")]
 
 
 @app.callback()
@@ -142,7 +142,7 @@ def _open(
 ) -> Any:
     import torch
 
-    from hooked_vlm import HookedBLIP
+    from hooked_vlm import HookedVLM
 
     if device is not None:
         try:
@@ -154,7 +154,7 @@ def _open(
         kind = getattr(torch, dtype, None)
         if not isinstance(kind, torch.dtype):
             raise ValueError(f"--dtype {dtype!r} is none of torch's, such as float32 or bfloat16")
-    return HookedBLIP.from_pretrained(
+    return HookedVLM.from_pretrained(
         name, revision=revision, dtype=kind, device=device, task=task, processor=processor
     )
 

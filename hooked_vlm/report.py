@@ -23,7 +23,9 @@ from hooked_vlm.plots import attention_map
 
 
 def default_sites(model: HookedVLM) -> str:
-    """Every cross-attention head of the stack that reads the image."""
+    """Every cross-attention head of the stack that reads the image; without one, its own heads."""
+    if not any(".cross_attn." in name for name in model.hook_dict):
+        return "vision.*heads.*.hook_z"
     return f"{_reader(model)}.blocks.*.cross_attn.heads.*.hook_z"
 
 

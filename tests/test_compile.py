@@ -9,9 +9,9 @@ import pytest
 
 CODE = """
 import torch
-from zoo import ZOO
+from zoo import BLIP
 
-member = ZOO[0]
+member = BLIP[0]
 model, inputs = member.model(torch.float32), member.inputs(2, dtype=torch.float32)
 plain = model(**inputs)
 compiled = torch.compile(model, backend=BACKEND)

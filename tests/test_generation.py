@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
-from zoo import PARITY, ZOO, Member, texts
+from zoo import BLIP, PARITY, Member, texts
 
 from hooked_vlm import HookedBLIP
 from hooked_vlm.data import shapes
 
-CAPTIONING, VQA = ZOO[1], ZOO[2]
+CAPTIONING, VQA = BLIP[1], BLIP[2]
 MEMBERS = [CAPTIONING, VQA, *(m for m in PARITY if m.task != "itm")]
 
 
@@ -166,7 +166,7 @@ def test_hooks_go_after_an_exception():
 
 
 def test_what_cannot_be_generated():
-    itm: Member = ZOO[0]
+    itm: Member = BLIP[0]
     with pytest.raises(ValueError, match="has no decoder and writes no text"):
         itm.model().generate(**itm.inputs(1))
     with pytest.raises(ValueError, match="the question, is missing"):

@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 from transformers import BatchEncoding
-from zoo import ZOO
+from zoo import BLIP
 
 from hooked_vlm import HookedBLIP
 
-ITM, CAPTIONING, VQA = ZOO
+ITM, CAPTIONING, VQA = BLIP
 
 
 @pytest.fixture(scope="module")

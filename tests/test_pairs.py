@@ -157,7 +157,7 @@ def test_corrupt_captions():
 def test_pairs_that_cannot_be_made():
     with pytest.raises(ValueError, match="corrupt is 'image', or 'text' for task 'itm'"):
         shapes_pairs(1, 0, "vqa", corrupt="text")
-    with pytest.raises(ValueError, match="task is 'itm', 'vqa' or 'captioning', not 've'"):
+    with pytest.raises(ValueError, match="task is 'itm', 'vqa', 'captioning' or 'clip', not 've'"):
         shapes_pairs(1, 0, "ve")
 
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from zoo import ZOO, blip_reference
+from zoo import BLIP, blip_reference
 
 from hooked_vlm import HookedBLIP
 from hooked_vlm import patching as P
@@ -35,7 +35,7 @@ def one_thread():
 @functools.cache
 def random_model(task):
     """Random weights in float64 that read the toys' words and pictures."""
-    size = next(member.size for member in ZOO if member.task == task)
+    size = next(member.size for member in BLIP if member.task == task)
     processor = build_processor()
     processor.image_processor.size = {"height": size.image, "width": size.image}
     theirs = blip_reference(task, replaced(size, len(processor.tokenizer)), torch.float64)

@@ -6,13 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zoo import ZOO, Member, error
+from whole_zoo import FUSED, ZOO
+from zoo import BLIP, error
 
 from hooked_vlm import HookedVLM
 
-ITM, CAPTIONING, VQA = ZOO
+ITM, CAPTIONING, VQA = BLIP
 EXACT = 1e-10
 each_task = pytest.mark.parametrize("member", ZOO, ids=str)
+each_fused = pytest.mark.parametrize("member", FUSED, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +25,7 @@ def no_hook_stays():
 
 
 @functools.cache
-def built(member: Member) -> HookedVLM:
+def built(member) -> HookedVLM:
     return member.model()
 
 
@@ -35,15 +37,10 @@ def perturb(x, hook):
     )
 
 
-def chosen(inputs, rows):
-    """The rows of a batch, of which one image may serve all."""
-    return {k: v if len(v) == 1 != len(inputs["input_ids"]) else v[rows] for k, v in inputs.items()}
-
-
-def check(model, inputs, base, names, rows):
-    hooks = [(name, perturb) for name in names]
+def check(member, inputs, base, names, rows):
+    model, hooks = built(member), [(name, perturb) for name in names]
     resumed = model.resume(base, names, rows=rows, fwd_hooks=hooks)
-    naive = model.run_with_hooks(**chosen(inputs, rows), fwd_hooks=hooks)
+    naive = model.run_with_hooks(**member.chosen(inputs, rows), fwd_hooks=hooks)
     assert error(resumed, naive) < EXACT, (names, rows)
     return naive
 
@@ -56,7 +53,7 @@ def test_every_site_resumes_exactly(member):
     for name in model.hook_names(heads=True):
         if ".heads.0." in name:
             continue  # the other heads stand for it
-        naive = check(model, inputs, base, [name], [2, 0, 2])
+        naive = check(member, inputs, base, [name], [2, 0, 2])
         assert error(naive, base.logits[[2, 0, 2]]) > 1e-7, name
     assert model.list_hooks() == {}
 
@@ -71,13 +68,17 @@ def test_single_precision_resumes_as_well(member):
         assert error(model.resume(base, name, fwd_hooks=hooks), naive) < 1e-5, name
 
 
-@each_task
+@each_fused
 def test_one_image_serves_many_texts(member):
     model, inputs = built(member), member.inputs(4, images=1)
     base = model.base_run(**inputs, names_filter=None)  # readers of keys' input, too
-    for glob in ("hook_image_embeds", "vision.blocks.1.hook_resid_mid", "*.blocks.0.cross_attn.*"):
+    for glob in (
+        "hook_image_embeds",
+        "vision.blocks.1.hook_resid_mid",
+        f"*.blocks.{member.fusion}.cross_attn.*",
+    ):
         for name in model.hook_dict.match(glob):
-            check(model, inputs, base, [name], [3, 1])
+            check(member, inputs, base, [name], [3, 1])
 
 
 class Calls:
@@ -102,21 +103,22 @@ class Calls:
             handle.remove()
 
 
-@each_task
+@each_fused
 def test_nothing_is_projected_twice(member):
     """Keys and values of an unchanged stack are read from the base; the image's made once."""
     model, inputs = built(member), member.inputs(4, images=1)
-    reader = "text" if "text" in model.stacks else "decoder"
+    reader, first = member.reader, member.fusion
     with Calls(model, "cross_attn.k", "cross_attn.v") as rows:
         base = model.base_run(**inputs)
-    assert rows[f"{reader}.blocks.0.cross_attn.k"] == [1]
-    site = f"{reader}.blocks.0.cross_attn.heads.1.hook_z"
+    assert rows[f"{reader}.blocks.{first}.cross_attn.k"] == [1]
+    site = f"{reader}.blocks.{first}.cross_attn.heads.1.hook_z"
     with Calls(model, "attn.q", "cross_attn.k", "cross_attn.v", "patch") as rows:
         model.resume(base, site, rows=[0, 1, 1, 3, 3, 3], fwd_hooks=[(site, perturb)])
-    assert rows.pop(f"{reader}.blocks.0.cross_attn.q") == [6]
-    assert rows.pop(f"{reader}.blocks.1.attn.q") == [6]
-    assert not any(name.startswith(("vision", f"{reader}.blocks.0")) for name in rows)
-    if member is VQA:  # the decoder reads the question, which changed
+    assert rows.pop(f"{reader}.blocks.{first}.cross_attn.q") == [6]
+    assert rows.pop(f"{reader}.blocks.{first + 1}.attn.q") == [6]
+    early = tuple(f"{reader}.blocks.{layer}." for layer in range(first + 1))
+    assert not any(name.startswith(("vision", *early)) for name in rows)
+    if member.task == "vqa":  # the decoder reads the question, which changed
         assert rows.pop("decoder.blocks.0.cross_attn.k") == [6]
         assert not any(name.startswith("decoder.blocks.0.attn") for name in rows)
     else:
@@ -133,20 +135,20 @@ def test_answers_that_share_a_question_share_its_keys(member):
         model.resume(base, site, rows=check_rows, fwd_hooks=[(site, perturb)])
     assert rows == {"decoder.blocks.1.attn.q": [6], "decoder.blocks.1.cross_attn.q": [6]}
     for rows in (check_rows, [2, 0, 0], [1]):
-        check(model, inputs, base, [site], rows)
+        check(member, inputs, base, [site], rows)
 
 
-@each_task
+@each_fused
 def test_points_before_the_site_do_not_fire(member):
     model, inputs = built(member), member.inputs(2)
-    reader = "text" if "text" in model.stacks else "decoder"
+    reader, first = member.reader, member.fusion
     fired = []
     every = lambda x, hook: fired.append(hook.name)  # noqa: E731
     model.run_with_hooks(**inputs, fwd_hooks=[("*", every)])
     order = list(fired)
     base = model.base_run(**inputs)
-    site = f"{reader}.blocks.1.cross_attn.hook_q"
-    after = order[order.index(f"{reader}.blocks.1.cross_attn.hook_q_in") :]
+    site = f"{reader}.blocks.{first + 1}.cross_attn.hook_q"
+    after = order[order.index(f"{reader}.blocks.{first + 1}.cross_attn.hook_q_in") :]
     after = [n for n in after if ".cross_attn.hook_kv_in" not in n]
     fired.clear()
     model.resume(base, site, fwd_hooks=[(after, every)])
@@ -166,10 +168,10 @@ def test_several_sites_and_later_hooks(member):
         ["vision.blocks.1.attn.hook_pattern", "decoder.hook_embed", "unembed.hook_post"],
         ["decoder.blocks.1.cross_attn.hook_kv_in", "decoder.blocks.1.cross_attn.hook_k"],
     ):
-        check(model, inputs, base, names, [1, 2, 1])
+        check(member, inputs, base, names, [1, 2, 1])
 
 
-@each_task
+@each_fused
 def test_standing_hooks_are_heeded(member):
     model, inputs = built(member), member.inputs(3)
     standing = [
@@ -180,9 +182,9 @@ def test_standing_hooks_are_heeded(member):
     with model.hooks(standing):
         base = model.base_run(**inputs)
         site = "hook_image_embeds"
-        naive = check(model, inputs, base, [site], [1, 0])
-        reader = "text" if "text" in model.stacks else "decoder"
-        check(model, inputs, base, [f"{reader}.blocks.1.hook_resid_pre"], [1, 0])
+        naive = check(member, inputs, base, [site], [1, 0])
+        reader, first = member.reader, member.fusion
+        check(member, inputs, base, [f"{reader}.blocks.{first + 1}.hook_resid_pre"], [1, 0])
     assert error(base.logits, plain) > 1e-7 and error(naive, plain[[1, 0]]) > 1e-7
     with pytest.raises(ValueError, match="standing hooks have changed"):
         model.resume(base, site)
@@ -220,13 +222,16 @@ def test_refusals(member):
     assert list(model.list_hooks()) == ["vision.hook_embed"]
 
 
-@each_task
+@each_fused
 def test_gradients_of_a_resumed_pass(member):
     """A backward hook sees the gradient that the full pass gives, at the site and behind it."""
     model, inputs = built(member), member.inputs(3)
     base = model.base_run(**inputs)
-    reader = "text" if "text" in model.stacks else "decoder"
-    names = [f"{reader}.blocks.0.cross_attn.hook_q", f"{reader}.blocks.1.attn.hook_z"]
+    reader, first = member.reader, member.fusion
+    names = [
+        f"{reader}.blocks.{first}.cross_attn.hook_q",
+        f"{reader}.blocks.{first + 1}.attn.hook_z",
+    ]
     _, cache = model.run_with_cache(
         **inputs, names_filter=names, incl_bwd=True, metric=lambda x: x.square().sum()
     )
@@ -239,7 +244,7 @@ def test_gradients_of_a_resumed_pass(member):
         assert error(seen[name], cache[f"{name}_grad"], 0.0) < 1e-9, name
 
 
-@each_task
+@each_fused
 def test_in_place_hooks_leave_the_base_alone(member):
     model, inputs = built(member), member.inputs(2)
     base = model.base_run(**inputs, names_filter=None)
@@ -247,8 +252,8 @@ def test_in_place_hooks_leave_the_base_alone(member):
     for glob in ("*.blocks.0.*hook_resid_pre", "*.cross_attn.hook_*", "hook_image_embeds"):
         for name in model.hook_dict.match(glob):
             model.resume(base, name, fwd_hooks=[(name, lambda x, hook: x.zero_())])
-    reader = "text" if "text" in model.stacks else "decoder"
-    for site in (f"{reader}.blocks.0.hook_resid_pre", "vision.blocks.0.hook_resid_pre"):
+    reader, first = member.reader, member.fusion
+    for site in (f"{reader}.blocks.{first}.hook_resid_pre", "vision.blocks.0.hook_resid_pre"):
         assert error(model.resume(base, site), base.logits) < EXACT
     assert all(torch.equal(base.cache[name], value) for name, value in before.items())
 
@@ -262,5 +267,6 @@ def test_any_sites_and_rows(data):
     names = data.draw(
         st.lists(st.sampled_from(model.hook_names(heads=True)), min_size=1, max_size=3, unique=True)
     )
-    rows = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=5))
-    check(model, inputs, model.base_run(**inputs), names, rows)
+    base = model.base_run(**inputs)
+    rows = data.draw(st.lists(st.integers(0, len(base.logits) - 1), min_size=1, max_size=5))
+    check(member, inputs, base, names, rows)
