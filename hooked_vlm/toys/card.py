@@ -22,7 +22,7 @@ class Card:
 
     Attributes:
         name: Of the toy.
-        architecture: transformers' class.
+        architecture: transformers' class, or ours where it has none.
         parameters: How many numbers the weights hold.
         accuracy: ``Report.accuracy`` on held-out scenes.
         kinds: ``Report.kinds``.
@@ -93,18 +93,86 @@ def read(folder: Path) -> Card:
     return Card(**json.loads((folder / "card.json").read_text()))
 
 
-_ABOUT = {
-    "BlipForImageTextRetrieval": (
-        "judges whether a caption is true of a picture",
-        "`accuracy` is the mean of accepting the true caption and of rejecting the three hard"
-        " negatives (color, shape, relation: one changed word each). The token in front is"
-        " `[CLS]`, in training and here. The contrastive heads were trained along, with a small"
-        " weight, and are not measured.",
-        {"true": "true caption accepted"}
-        | {kind: f"{kind} changed: rejected" for kind in ("color", "shape", "relation")}
-        | {kind: f"{kind}: rejected" for kind in ("swapped colors", "other axis", "other scene")},
+@dataclass(frozen=True)
+class _Family:
+    """What the cards of one family share.
+
+    Attributes:
+        called: The family, with an article.
+        layout: Of the folder.
+        blocks: How many each stack has.
+        library: That reads the folder, and its model cards' name for it.
+        read_by: What the toy was measured with.
+        images: What they are, as the stacks read them.
+    """
+
+    called: str
+    layout: str
+    blocks: str
+    library: str
+    read_by: str
+    images: str = "48-pixel images in patches of 8"
+
+
+_BLIP = _Family(
+    called="A BLIP",
+    layout="in the released layout",
+    blocks="two vision blocks, three blocks in each text stack",
+    library="transformers",
+    read_by="transformers' own classes",
+)
+_ALBEF = _Family(
+    called="An ALBEF",
+    layout="with the tensor names of the original files",
+    blocks="two vision blocks, four text blocks, of which the last two read the image",
+    library="hooked-vlm",
+    read_by="`hooked_vlm.HookedALBEF`",
+)
+_CLIP = _Family(
+    called="A CLIP",
+    layout="in the released layout",
+    blocks="three vision blocks, two text blocks",
+    library="transformers",
+    read_by="`hooked_vlm.HookedCLIP`",
+)
+_CLIP_RESNET = _Family(
+    called="A CLIP",
+    layout="in a layout of our own, as transformers has no class for it",
+    blocks=(
+        "a ResNet of two stages with two bottleneck blocks each and an attention pool over 6 by 6"
+        " cells, two text blocks"
     ),
+    images="48-pixel images",
+    library="hooked-vlm",
+    read_by="`hooked_vlm.HookedCLIP`",
+)
+_KINDS = ("color", "shape", "relation", "swapped colors", "other axis", "other scene")
+_RETRIEVAL = (
+    "finds the caption of a picture among others",
+    "`accuracy` is the share of pictures whose true caption comes first of 16: itself, 3 with"
+    " another color, 3 with another shape, the opposite relation, the colors swapped, 2 relations"
+    " of the other axis, 5 captions of other pictures; all distinct, none of the 15 true. Which"
+    " shape is named first is drawn. The other lines are of the same 16: the share of pictures"
+    " whose true caption comes before every false one of that kind.",
+    {kind: f"before every one of kind '{kind}'" for kind in _KINDS},
+)
+_VERDICTS = (
+    "judges whether a caption is true of a picture",
+    "`accuracy` is the mean of accepting the true caption and of rejecting the three hard"
+    " negatives (color, shape, relation: one changed word each). The token in front is"
+    " `[CLS]`, in training and here. The contrastive heads were trained along, with a small"
+    " weight, and are not measured.",
+    {"true": "true caption accepted"}
+    | {kind: f"{kind} changed: rejected" for kind in _KINDS[:3]}
+    | {kind: f"{kind}: rejected" for kind in _KINDS[3:]},
+)
+_ABOUT = {
+    "BlipForImageTextRetrieval": (_BLIP, *_VERDICTS),
+    "HookedALBEF": (_ALBEF, *_VERDICTS),
+    "HookedCLIP": (_CLIP, *_RETRIEVAL),
+    "toy-clip-resnet": (_CLIP_RESNET, *_RETRIEVAL),
     "BlipForQuestionAnswering": (
+        _BLIP,
         "answers questions about color, shape and relation",
         "An answer counts when it is exactly right (greedy); `accuracy` is the mean over the"
         " kinds of question, asked in batches of one length. 'Two options' are questions like 'is"
@@ -114,6 +182,7 @@ _ABOUT = {
         {"padded": "all kinds, in padded batches"},
     ),
     "BlipForConditionalGeneration": (
+        _BLIP,
         "describes a picture",
         "A caption counts when it is, word for word, one of the two true ones (either shape may"
         " come first), greedy; `accuracy` is the share without a prompt. 'Prompted' starts with 'a"
@@ -125,19 +194,19 @@ _ABOUT = {
 
 
 def _readme(card: Card) -> str:
-    does, how, labels = _ABOUT[card.architecture]
+    family, does, how, labels = _ABOUT.get(card.name) or _ABOUT[card.architecture]
     rows = [f"| {labels.get(kind, kind)} | {rate:.2%} |" for kind, rate in card.kinds.items()]
     versions = ", ".join(f"{name} {number}" for name, number in card.versions.items())
     about = (
-        f"A BLIP of {card.parameters:,} parameters (`{card.architecture}`, in the released layout)"
-        f" that {does} in the shapes world of `hooked_vlm.data.shapes`: two vision blocks, three"
-        " blocks in each text stack, width 64, four heads each, 48-pixel images in patches of 8. It"
-        " is made for developing and testing interpretability methods, and knows nothing outside of"
-        " that world."
+        f"{family.called} of {card.parameters:,} parameters (`{card.architecture}`,"
+        f" {family.layout}) that {does} in the shapes world of `hooked_vlm.data.shapes`:"
+        f" {family.blocks}, width 64, four heads each, {family.images}. It is made"
+        " for developing and testing interpretability methods, and knows nothing outside of that"
+        " world."
     )
     measured = (
         f"On {card.n_scenes:,} held-out scenes (pairs of coloured shapes that no training scene"
-        f" shows; seed {card.evaluation_seed}), with transformers' own classes:"
+        f" shows; seed {card.evaluation_seed}), with {family.read_by}:"
     )
     command = (
         f"python -m hooked_vlm.toys.train {card.name} --seed {card.seed} --steps {card.steps}"
@@ -150,8 +219,8 @@ def _readme(card: Card) -> str:
     )
     return f"""---
 license: mit
-library_name: transformers
-tags: [blip, toy, interpretability]
+library_name: {family.library}
+tags: [{family.called.split()[-1].lower()}, toy, interpretability]
 ---
 
 # {card.name}

@@ -1,10 +1,13 @@
-"""How right a toy is on held-out scenes, with transformers' own classes and the toy's processor."""
+"""How right a toy is on held-out scenes, with its own processor.
+
+Where transformers has a class for it, with that class; else with ours.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import (
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
@@ -20,6 +24,8 @@ from transformers import (
 )
 
 from hooked_vlm.data import shapes
+from hooked_vlm.toys import evaluate_albef, evaluate_clip
+from hooked_vlm.toys.false_captions import other_axis, other_scene, swapped_colors
 
 T = TypeVar("T")
 
@@ -51,10 +57,10 @@ class _Asked:
 
 
 def evaluate(folder: Path, n: int = 1000, seed: int = 1, size: int = shapes.CANVAS) -> Report:
-    """Measures a toy BLIP on held-out scenes.
+    """Measures a toy on held-out scenes.
 
     Args:
-        folder: A checkpoint folder in Hugging Face's layout.
+        folder: A checkpoint folder, in Hugging Face's layout or in ours.
         n: How many scenes.
         seed: Of the scenes, and of the captions and questions about them.
         size: Side in pixels at which the scenes are drawn, before the toy's own resizing.
@@ -63,7 +69,7 @@ def evaluate(folder: Path, n: int = 1000, seed: int = 1, size: int = shapes.CANV
         Retrieval: `accuracy` is the mean of accepting the true caption and of rejecting the three
         hard negatives, one changed word each. Questions and captions: `accuracy` is the share of
         exact answers (mean over the kinds of question) and of captions that are one of the two
-        true ones.
+        true ones. CLIP: see ``evaluate_clip.retrieval``.
 
     Raises:
         ValueError: If the folder holds another architecture.
@@ -72,8 +78,12 @@ def evaluate(folder: Path, n: int = 1000, seed: int = 1, size: int = shapes.CANV
         "BlipForImageTextRetrieval": _retrieval,
         "BlipForQuestionAnswering": _questions,
         "BlipForConditionalGeneration": _captions,
+        "hooked_albef": _albef,
+        "CLIPModel": _clip,
+        "hooked_clip": _clip,
     }
-    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    config = json.loads((folder / "config.json").read_text())
+    (architecture,) = config.get("architectures", [config["model_type"]])
     if architecture not in measures:
         raise ValueError(f"{folder} holds {architecture}; known are {', '.join(measures)}")
     world = shapes.scenes(n, seed, "held_out")
@@ -92,21 +102,40 @@ def _retrieval(
 ) -> Report:
     model = BlipForImageTextRetrieval.from_pretrained(folder).eval()
     processor = load_processor(folder)
-    kinds = ("true", *shapes.ATTRIBUTES, "swapped colors", "other axis", "other scene")
+    return _judged(
+        lambda images, texts: model(**_inputs(processor, images, texts)).itm_score.argmax(-1),
+        world,
+        rng,
+        size,
+    )
+
+
+def _albef(
+    folder: Path, world: Sequence[shapes.Scene], rng: np.random.Generator, size: int
+) -> Report:
+    return _judged(evaluate_albef.judge_of(folder), world, rng, size)
+
+
+def _clip(
+    folder: Path, world: Sequence[shapes.Scene], rng: np.random.Generator, size: int
+) -> Report:
+    rates = evaluate_clip.retrieval(folder, world, rng, size)
+    return Report(rates.pop("accuracy"), rates, len(world))
+
+
+def _judged(
+    judge: Callable[[list[Image.Image], list[str]], Tensor],
+    world: Sequence[shapes.Scene],
+    rng: np.random.Generator,
+    size: int,
+) -> Report:
     right: dict[str, list[bool]] = defaultdict(list)
     for scenes in _batches(world):
         images = [scene.image(size) for scene in scenes]
-        texts: dict[str, list[str]] = {"true": [scene.caption() for scene in scenes]}
-        for attribute in shapes.ATTRIBUTES:
-            texts[attribute] = [_any(rng, scene.negatives(attribute)) for scene in scenes]
-        texts["swapped colors"] = [swapped_colors(scene) for scene in scenes]
-        texts["other axis"] = [_any(rng, other_axis(scene)) for scene in scenes]
-        texts["other scene"] = [other_scene(scene, _any(rng, world)) for scene in scenes]
-        for kind in kinds:
-            inputs = _inputs(processor, images, texts[kind])
-            verdict = model(**inputs).itm_score.argmax(-1) == (1 if kind == "true" else 0)
+        for kind, texts in captions_by_kind(scenes, world, rng).items():
+            verdict = judge(images, texts) == (1 if kind == "true" else 0)
             right[kind] += verdict.tolist()
-    rates = {kind: float(np.mean(right[kind])) for kind in kinds}
+    rates = {kind: float(np.mean(verdicts)) for kind, verdicts in right.items()}
     hard = float(np.mean([rates[attribute] for attribute in shapes.ATTRIBUTES]))
     return Report((rates["true"] + hard) / 2, rates, len(world))
 
@@ -187,6 +216,19 @@ def _captions(
     return Report(rates["no prompt"], rates, len(world))
 
 
+def captions_by_kind(
+    scenes: Sequence[shapes.Scene], world: Sequence[shapes.Scene], rng: np.random.Generator
+) -> dict[str, list[str]]:
+    """Each scene's true caption, and a false one of each kind."""
+    texts = {"true": [scene.caption() for scene in scenes]}
+    for attribute in shapes.ATTRIBUTES:
+        texts[attribute] = [_any(rng, scene.negatives(attribute)) for scene in scenes]
+    texts["swapped colors"] = [swapped_colors(scene) for scene in scenes]
+    texts["other axis"] = [_any(rng, other_axis(scene)) for scene in scenes]
+    texts["other scene"] = [other_scene(scene, _any(rng, world)) for scene in scenes]
+    return texts
+
+
 def questions_by_kind(scene: shapes.Scene) -> dict[str, list[shapes.Question]]:
     """A scene's questions: each attribute, open and with two options."""
     kinds: dict[str, list[shapes.Question]] = defaultdict(list)
@@ -194,27 +236,6 @@ def questions_by_kind(scene: shapes.Scene) -> dict[str, list[shapes.Question]]:
         form = "open" if question.foil is None else "two options"
         kinds[f"{question.attribute}, {form}"].append(question)
     return kinds
-
-
-def swapped_colors(scene: shapes.Scene) -> str:
-    """A false caption: the two colours exchanged."""
-    first, second = scene.first, scene.second
-    return f"a {second.color} {first.kind} {scene.relation} a {first.color} {second.kind}"
-
-
-def other_axis(scene: shapes.Scene) -> list[str]:
-    """False captions: the two relations of the other axis."""
-    true = (scene.relation, shapes.OPPOSITES[scene.relation])
-    return [
-        f"a {scene.first.words} {relation} a {scene.second.words}"
-        for relation in shapes.RELATIONS
-        if relation not in true
-    ]
-
-
-def other_scene(scene: shapes.Scene, other: shapes.Scene) -> str:
-    """Another scene's caption, or one with the colours exchanged where that one is true here."""
-    return swapped_colors(scene) if other.caption() in scene.captions() else other.caption()
 
 
 def _any(rng: np.random.Generator, items: Sequence[T]) -> T:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import BlipProcessor
+from transformers import BlipProcessor, CLIPProcessor
 
 from hooked_vlm.data import shapes
 from hooked_vlm.toys import evaluate
+from hooked_vlm.toys.false_captions import other_axis, swapped_colors
 from hooked_vlm.toys.tokenizer import PATCH
 
 TEXTS = ("true", *shapes.ATTRIBUTES, "swapped colors", "other axis", "other scene")
@@ -46,7 +47,7 @@ class Examples:
             ``[scene, order, 2, 2]``.
     """
 
-    def __init__(self, n: int, seed: int, processor: BlipProcessor):
+    def __init__(self, n: int, seed: int, processor: BlipProcessor | CLIPProcessor):
         self.processor = processor
         self.rng = np.random.default_rng([seed, 1])
         self.scenes = shapes.scenes(n, seed)
@@ -128,11 +129,9 @@ class Examples:
         first, second = scene.shapes
         recolored = {f"{second.color} {first.kind}", f"{first.color} {second.kind}"}
         swapped = (
-            evaluate.swapped_colors(scene)
-            if shapes.split_of(*recolored) == "train"
-            else train["color"][0]
+            swapped_colors(scene) if shapes.split_of(*recolored) == "train" else train["color"][0]
         )
-        axis = evaluate.other_axis(scene)[self._below(2)]
+        axis = other_axis(scene)[self._below(2)]
         stranger = self.scenes[self._below(len(self.scenes))]
         other = train["shape"][0] if stranger.caption() in scene.captions() else stranger.caption()
         return [scene.caption(), *hard, swapped, axis, other]

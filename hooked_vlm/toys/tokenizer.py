@@ -19,6 +19,8 @@ _WORDS = (
     " picture relative right same shape shapes small the there this to two what where which with"
     " yes"
 ).split()
+WORDS = (*_WORDS, *shapes.COLORS, *shapes.KINDS)
+"""The words that are one token each."""
 
 
 def vocabulary() -> list[str]:
@@ -28,7 +30,7 @@ def vocabulary() -> list[str]:
     any other text of letters, digits and punctuation be tokenized too.
     """
     characters = [*string.ascii_lowercase, *string.digits]
-    words = sorted({*_WORDS, *shapes.COLORS, *shapes.KINDS} - set(characters))
+    words = sorted(set(WORDS) - set(characters))
     inner = [f"##{character}" for character in characters]
     return [*_SPECIAL, *string.punctuation, *characters, *inner, *words]
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 import transformers
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
@@ -31,17 +30,17 @@ from transformers import (
 )
 
 from hooked_vlm import toys
-from hooked_vlm.data import shapes
+from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.toys import card
 from hooked_vlm.toys.evaluate import PROMPT, evaluate
-from hooked_vlm.toys.examples import TEXTS, Examples
+from hooked_vlm.toys.examples import Examples
+from hooked_vlm.toys.fitting import WIDTH, TrainingHeads, fit
+from hooked_vlm.toys.matching import BATCH, matching_losses
 from hooked_vlm.toys.tokenizer import IMAGE_SIZE, MAX_POSITIONS, PATCH, build_processor
+from hooked_vlm.toys.train_albef import train_albef
+from hooked_vlm.toys.train_clip import train_clip, train_clip_resnet
 
-WIDTH = 64
-BATCH = 64
 N_SCENES = 20_000
-# How often each false caption of TEXTS[1:] is the one that a step contrasts with the true one.
-NEGATIVE_WEIGHTS = torch.tensor([0.2, 0.2, 0.4, 0.08, 0.06, 0.06])
 
 
 def config(processor: BlipProcessor) -> BlipConfig:
@@ -79,106 +78,28 @@ def config(processor: BlipProcessor) -> BlipConfig:
     )
 
 
-class TrainingHeads(nn.Module):
-    """Heads on the two stacks that serve training only."""
-
-    def __init__(self, embedding: nn.Embedding):
-        super().__init__()
-        self.embedding = [embedding]  # in a list: it belongs to the model
-        self.to_word = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH))
-        self.to_look = nn.Linear(WIDTH, len(shapes.COLORS) + len(shapes.KINDS) + 2)
-        self.to_center = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 2))
-
-    def word_loss(self, hidden: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
-        """Cross-entropy of the hidden tokens."""
-        logits = self.to_word(hidden[masked]) @ self.embedding[0].weight.T
-        return F.cross_entropy(logits, ids[masked])
-
-    def patch_loss(self, patches: Tensor, owners: Tensor, looks: Tensor, centers: Tensor) -> Tensor:
-        """What each patch shows: colour, kind and centre of its shape.
-
-        Args:
-            patches: ``[batch, patch, d]``.
-            owners: ``[batch, patch]``, 0 or 1 for a shape, 2 for none.
-            looks: ``[batch, 2, 2]``, colour and kind of the shapes.
-            centers: ``[batch, 2, 2]``.
-        """
-        batch, patch = (owners < 2).nonzero(as_tuple=True)
-        shape = owners[batch, patch]
-        color, kind, center = self.to_look(patches[batch, patch]).split(
-            [len(shapes.COLORS), len(shapes.KINDS), 2], dim=-1
-        )
-        look = looks[batch, shape]
-        return (
-            F.cross_entropy(color, look[:, 0])
-            + F.cross_entropy(kind, look[:, 1])
-            + 10 * F.mse_loss(center, centers[batch, shape])
-        )
-
-    def center_loss(self, hidden: Tensor, kinds: Tensor, centers: Tensor) -> Tensor:
-        """Squared error of the centres of the two named shapes, read at their kinds' tokens.
-
-        Args:
-            hidden: ``[batch, pos, d]``.
-            kinds: Boolean ``[batch, pos]``, two positions in each row.
-            centers: ``[batch, 2, 2]``, in the order of the text.
-        """
-        predicted = self.to_center(hidden[kinds]).view(-1, 2, 2)
-        return F.mse_loss(predicted, centers)
-
-
 def train_itm(seed: int, steps: int) -> BlipForImageTextRetrieval:
     """Trains the retrieval toy from random numbers."""
     processor = build_processor()
     examples = Examples(N_SCENES, seed, processor)
-    tokenizer = processor.tokenizer
     model: BlipForImageTextRetrieval = BlipForImageTextRetrieval(config(processor)).train()
     heads = TrainingHeads(model.get_input_embeddings())
-    content = (*shapes.COLORS, *shapes.KINDS, "left", "right", "above", "below")
-    misplaced = [TEXTS.index(kind) for kind in ("swapped colors", "other scene")]
 
     def losses() -> dict[str, Tensor]:
-        index = torch.randint(N_SCENES, (BATCH,))
-        order = torch.randint(2, (BATCH,))
-        image = model.vision_model(examples.pixel_values(index)).last_hidden_state
-        false = torch.multinomial(NEGATIVE_WEIGHTS, BATCH, replacement=True) + 1
-        true_ids = examples.texts[index, order, 0]
-        hidden_words = examples.positions(true_ids, content) & (torch.rand(true_ids.shape) < 0.3)
-        masked_ids = true_ids.masked_fill(hidden_words, tokenizer.mask_token_id)
-        ids = torch.cat([true_ids, examples.texts[index, order, false], masked_ids])
-        mask = examples.mask(ids)
-        hidden = model.text_encoder(
-            ids, attention_mask=mask, encoder_hidden_states=image.repeat(3, 1, 1)
-        ).last_hidden_state
+        return matching_losses(
+            model,
+            heads,
+            examples,
+            see=lambda pixels: model.vision_model(pixels).last_hidden_state,
+            fuse=lambda ids, mask, image: (
+                model.text_encoder(
+                    ids, attention_mask=mask, encoder_hidden_states=image
+                ).last_hidden_state
+            ),
+            read=lambda ids, mask: model.text_encoder(ids, attention_mask=mask).last_hidden_state,
+        )
 
-        match = torch.cat([torch.ones(BATCH), torch.zeros(BATCH)]).long()
-        itm = F.cross_entropy(model.itm_head(hidden[: 2 * BATCH, 0]), match)
-        words = heads.word_loss(hidden[2 * BATCH :], true_ids, hidden_words)
-        # A caption with one word changed still points at its two shapes; these two kinds do not.
-        pointing = torch.cat(
-            [torch.ones(BATCH).bool(), ~torch.isin(false, torch.tensor(misplaced))]
-        )
-        centers = heads.center_loss(
-            hidden[: 2 * BATCH][pointing],
-            examples.positions(ids[: 2 * BATCH], shapes.KINDS)[pointing],
-            examples.centers[index, order].repeat(2, 1, 1)[pointing],
-        )
-        text = model.text_encoder(true_ids, attention_mask=mask[:BATCH]).last_hidden_state
-        similarity = _unit(model.vision_proj(image[:, 0])) @ _unit(model.text_proj(text[:, 0])).T
-        same = torch.arange(BATCH)
-        itc = F.cross_entropy(similarity / 0.07, same) + F.cross_entropy(similarity.T / 0.07, same)
-        looks = heads.patch_loss(
-            image[:, 1:], examples.owners[index], examples.looks[index], examples.centers[index, 0]
-        )
-        return {
-            "itm": itm,
-            "words": words,
-            "looks": looks,
-            "centers": 10 * centers,
-            "itc": 0.1 * itc,
-        }
-
-    _fit([*model.parameters(), *heads.parameters()], losses, steps)
+    fit([*model.parameters(), *heads.parameters()], losses, steps)
     return model
 
 
@@ -217,7 +138,7 @@ def train_vqa(seed: int, steps: int) -> BlipForQuestionAnswering:
         )
         return {"answers": outcome.loss}
 
-    _fit(model.parameters(), losses, steps)
+    fit(model.parameters(), losses, steps)
     return model
 
 
@@ -253,7 +174,7 @@ def train_captioning(seed: int, steps: int) -> BlipForConditionalGeneration:
         )
         return {"words": outcome.loss}
 
-    _fit(model.parameters(), losses, steps)
+    fit(model.parameters(), losses, steps)
     return model
 
 
@@ -261,46 +182,22 @@ def _packaged_itm() -> BlipForImageTextRetrieval:
     return BlipForImageTextRetrieval.from_pretrained(toys.path("toy-blip-itm"))
 
 
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1)
-
-
-def _fit(
-    parameters: Iterable[nn.Parameter],
-    losses: Callable[[], dict[str, Tensor]],
-    steps: int,
-    lr: float = 3e-3,
-) -> None:
-    """Minimises the sum of the losses, printing their running means."""
-    unique = list(dict.fromkeys(parameters))
-    optimizer = torch.optim.AdamW(unique, lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.06)
-    means: dict[str, float] = {}
-    start = time.perf_counter()
-    for step in range(1, steps + 1):
-        optimizer.zero_grad()
-        parts = losses()
-        torch.stack(list(parts.values())).sum().backward()
-        nn.utils.clip_grad_norm_(unique, 1.0)
-        optimizer.step()
-        schedule.step()
-        for name, part in parts.items():
-            means[name] = 0.98 * means.get(name, part.item()) + 0.02 * part.item()
-        if step % 100 == 0 or step == steps:
-            rates = " ".join(f"{name} {value:.4f}" for name, value in means.items())
-            print(f"step {step} {time.perf_counter() - start:.0f} s {rates}", flush=True)
-
-
-RECIPES: dict[str, tuple[Callable[[int, int], PreTrainedModel], int]] = {
+RECIPES: dict[str, tuple[Callable[[int, int], PreTrainedModel | HookedVLM], int]] = {
     "toy-blip-itm": (train_itm, 3000),
     "toy-blip-vqa": (train_vqa, 3000),
     "toy-blip-captioning": (train_captioning, 2000),
+    "toy-albef": (train_albef, 3000),
+    "toy-clip": (train_clip, 2000),
+    "toy-clip-resnet": (train_clip_resnet, 1500),
 }
 """How each toy is trained, and for how many steps."""
 
 
-def save(model: PreTrainedModel, folder: Path) -> None:
-    """Writes a checkpoint folder in the released Hugging Face layout."""
+def save(model: PreTrainedModel | HookedVLM, folder: Path) -> None:
+    """Writes a checkpoint folder: of a transformers model in the released Hugging Face layout."""
+    if isinstance(model, HookedVLM):
+        model.save_pretrained(folder)  # its processor too
+        return
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     processor = build_processor()
