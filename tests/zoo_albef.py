@@ -113,9 +113,11 @@ class AlbefMember:
 
 def _decoder(text: TextConfig) -> TextConfig:
     fields = {**vars(text), "d_source": text.d_model, "fusion_layer": 0, "causal": True}
+    fields["n_layers"] = 1
     return TextConfig(**fields)
 
 
-ITM, PRETRAIN, VQA, VE, NLVR = ALBEF = [
+ITM, PRETRAIN, VQA, VE, NLVR = (
     AlbefMember(task) for task in ("itm", "pretrain", "vqa", "ve", "nlvr")
-]
+)
+ALBEF = [ITM, PRETRAIN, VQA, NLVR]  # `ve` is an `nlvr` with one image

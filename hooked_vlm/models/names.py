@@ -28,7 +28,7 @@ class Site:
         name: the hook name.
         stack: `vision`, `text`, `decoder`; empty for the glue between them.
         layer: the block's number, None outside of blocks.
-        component: the name inside the block, without the head: `cross_attn.hook_z`.
+        component: the name inside the block or stack, without the head: `cross_attn.hook_z`.
         head: the head's number, None for all heads together.
         position: the position, None for all of them.
     """
@@ -45,8 +45,11 @@ class Site:
         """The site of a hook name."""
         match = _BLOCK.fullmatch(name)
         if match is None:
-            stack, _, component = name.rpartition(".")
-            return cls(name, stack.partition(".")[0], None, component, None, position)
+            stem, number = head_of(name) or (name, None)
+            stack, dot, component = stem.partition(".")
+            if not dot:
+                stack, component = "", stem
+            return cls(name, stack, None, component, number, position)
         part, head = match["part"], match["head"]
         return cls(
             name,

@@ -1,0 +1,86 @@
+"""Sweeps over every architecture equal a loop of full passes, one patch each."""
+
+import functools
+
+import pytest
+import torch
+from whole_zoo import FUSED, ZOO
+from zoo import error
+from zoo_clip import CLIP
+
+from hooked_vlm import patching as P
+
+
+@functools.cache
+def built(member):
+    return member.model()
+
+
+def mean_logit(logits):
+    """One number per row that depends on every logit."""
+    flat = logits.flatten(1)
+    return flat @ torch.arange(1, 1 + flat.shape[1]).to(flat) / flat.shape[1]
+
+
+def loop(member, clean, corrupt, site):
+    """The metric of a full pass on the corrupt inputs with the clean activation written in."""
+    model = built(member)
+    _, cache = model.run_with_cache(**clean, names_filter=site.name)
+
+    def write(x, hook):
+        if site.position is None:
+            return cache[site.name]
+        at = (slice(None), site.position)
+        x[at] = cache[site.name][at]
+        return x
+
+    return mean_logit(model.run_with_hooks(**corrupt, fwd_hooks=[(site.name, write)]))
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("member", FUSED, ids=str)
+def test_heads_and_streams(member, direction):
+    model = built(member)
+    clean, corrupt = (member.inputs(1, padded=False, seed=seed) for seed in (0, 1))
+    cross = f"{member.reader}.blocks.{member.fusion}"
+    names = [
+        f"{cross}.cross_attn.heads.*.hook_z",
+        f"{cross}.attn.heads.1.hook_v",
+        f"{cross}.hook_resid_mid_cross",
+        "vision.blocks.1.attn.heads.2.hook_pattern",
+        "vision.blocks.0.hook_mlp_out",
+        "*.hook_embed",
+    ]
+    result = P.activation_patching(
+        model, (clean, corrupt), names, mean_logit, direction=direction, progress=False
+    )
+    given = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
+    expected = torch.cat([loop(member, *given, site) for site in result.sites])
+    assert error(torch.from_numpy(result.data.values.flatten()), expected) < 1e-10
+    ends = torch.tensor([result.clean.item(), result.corrupt.item()], dtype=torch.float64)
+    assert error(ends, torch.cat([mean_logit(model(**x)) for x in (clean, corrupt)])) < 1e-12
+    assert (expected - ends[1 if direction == "denoise" else 0]).abs().min() > 1e-9
+
+
+@pytest.mark.parametrize("member", CLIP, ids=str)
+def test_images_of_a_clip(member):
+    """Its rows are images, each compared with both texts."""
+    model = built(member)
+    clean, corrupt = (member.inputs(1, padded=False, seed=seed) for seed in (0, 1))
+    both = {name: torch.cat([clean[name], corrupt[name]]) for name in clean}
+    names = ["vision.*heads.*.hook_z", "vision.blocks.0.hook_resid_post", "vision.hook_embed"]
+    result = P.activation_patching(model, (clean, corrupt), names, mean_logit, progress=False)
+    images = [{**both, "pixel_values": x["pixel_values"]} for x in (clean, corrupt)]
+    expected = torch.cat([loop(member, *images, site) for site in result.sites])
+    assert len(result.sites) == len({site.name for site in result.sites}) > 3
+    assert error(torch.from_numpy(result.data.values.flatten()), expected) < 1e-10
+    assert (expected - result.corrupt.item()).abs().min() > 1e-9
+    heads = [site for site in result.sites if ".heads." in site.name]
+    assert {site.head for site in heads} == set(range(member.vision[1 if member.stages else 2]))
+    other = {**corrupt, "pixel_values": clean["pixel_values"]}
+    with pytest.raises(ValueError, match="it needs a corrupt image"):
+        P.activation_patching(model, (clean, other), names, mean_logit, progress=False)
+
+
+def test_the_zoo_is_whole():
+    assert len({str(member) for member in ZOO}) == len(ZOO) == len(FUSED) + len(CLIP)
