@@ -1,10 +1,18 @@
 """Trains the toy CLIPs: ``python -m hooked_vlm.toys.train toy-clip`` and ``toy-clip-resnet``.
 
-A vector for an image and one for a text must agree on two colours, two kinds and a place each. The
-contrast of each image with the captions of a batch alone learns the colours and little else. Three
-things make it quick: six hard negatives beside each true caption (one word changed, colours
-swapped), a head on both vectors that says what the scene holds, in an order that does not depend on
-which shape is named first, and a head on the cells of the image that says what each shows. The
+A vector for an image and one for a text must agree on two colours, two kinds and where they are.
+From the contrast within a batch alone colours are learned at once, relations not at all. Three
+things are added, and what they give shows in how often the caption is found among 16 (500 held-out
+scenes, after 800 steps with the vision transformer and 500 with the ResNet, seed 0):
+
+========================================================================  ======  ======
+contrast within the batch                                                  23 %    50 %
+and with five hard negatives (a word changed, colours swapped)             20 %    67 %
+and a head on both vectors that says what the scene holds                  35 %   100 %
+and a head on the patches that says what each shows                        78 %
+========================================================================  ======  ======
+
+What the scene holds is said in an order that does not depend on which shape is named first. The
 heads are dropped after training.
 
 The ResNet's batch norms have kept statistics (`hooked_vlm.components.resnet`). It is trained with
