@@ -62,7 +62,7 @@ def reference(model: HookedVLM, name: str, revision: str | None) -> Any:
     if "architectures" not in config:
         raise ValueError(
             f"transformers has no class for {name!r} ({config['model_type']}): there is nothing to "
-            "compare with. The tests hold this architecture against golden numbers"
+            "compare with"
         )
     kind = getattr(transformers, config["architectures"][0])
     source = locate(name, revision=revision).processor

@@ -31,6 +31,14 @@ class StackConfig:
     eps: float
 
     def __post_init__(self) -> None:
+        from transformers.activations import ACT2FN  # what --help need not wait for
+
+        if self.n_heads < 1 or self.n_layers < 1:
+            raise ValueError(f"n_heads={self.n_heads} and n_layers={self.n_layers} start at 1")
+        if self.activation not in ACT2FN:
+            raise ValueError(
+                f"activation={self.activation!r} is none of transformers' activation functions"
+            )
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; "
@@ -209,7 +217,7 @@ class ResNetConfig:
             raise ValueError(f"stages={self.stages}: each of them has one block at least")
         if self.width % 2:
             raise ValueError(f"width={self.width} is odd; the stem starts with half of it")
-        if self.d_model % self.n_heads:
+        if self.n_heads < 1 or self.d_model % self.n_heads:
             raise ValueError(
                 f"the attention pool is {self.d_model} wide, no multiple of n_heads={self.n_heads}"
             )

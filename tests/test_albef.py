@@ -9,11 +9,13 @@ from albef_fixtures import HEADS, HERE, inputs, open_model, tokenizer
 from checkpoints import WORDS, bert_folder
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 from zoo import BLIP, error
 from zoo_albef import ITM, NLVR, PRETRAIN, VE, VQA
 
 from hooked_vlm import HookedALBEF, HookedBLIP
+from hooked_vlm.data import Pair
 from weights_conversion import ConversionError
 from weights_conversion.__main__ import app
 
@@ -164,6 +166,47 @@ def test_nlvr_reads_its_images_in_turn():
             model(**given | {"pixel_values": wrong})
 
 
+def test_states_that_do_not_fit():
+    model, given = built(ITM), ITM.inputs()
+    mask = given["attention_mask"]
+    states = model(input_ids=given["input_ids"], attention_mask=mask, mode="text")
+    run = functools.partial(model.base_run, pixel_values=given["pixel_values"], mode="fusion")
+    for embeds, seen, says in (
+        (states, mask[:, :1], "the attention mask of encoder_embeds"),
+        (states, mask[:1], "the attention mask of encoder_embeds"),
+        (states[..., :10], mask, "expected what mode='text' gives"),
+        (states[:, :0], None, "of 1 to 12 positions"),
+        (states.repeat(1, 3, 1), None, "of 1 to 12 positions"),
+        (states.float(), mask, "float32, the model of torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            run(encoder_embeds=embeds, attention_mask=seen)
+
+
+def test_listening_leaves_the_callers_gradient_alone():
+    model, given = built(ITM), ITM.inputs()
+    mask = given["attention_mask"]
+    states = model(input_ids=given["input_ids"], attention_mask=mask, mode="text")
+    found = []
+    for hooks in ([], [("text.blocks.1.cross_attn.hook_pattern", lambda grad, hook: None)]):
+        leaf = states.detach().requires_grad_()
+        with model.hooks(bwd_hooks=hooks):
+            logits = model(
+                given["pixel_values"], encoder_embeds=leaf, attention_mask=mask, mode="fusion"
+            )
+            logits[:, 1].sum().backward()
+        found.append(leaf.grad)
+    assert found[0].abs().max() > 1e-3 and error(found[1], found[0]) < 1e-12
+
+
+def test_a_pass_that_does_not_reach_where_to_stop():
+    given = ITM.inputs()
+    text = {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"]}
+    with pytest.raises(KeyError, match="without reaching stop_at"):
+        built(ITM).run_with_cache(**text, mode="text", stop_at="text.blocks.2.hook_attn_out")
+    assert built(ITM).list_hooks() == {}
+
+
 def test_similarity_needs_its_projections():
     model, given = built(VE), VE.inputs()
     with pytest.raises(ValueError, match="vision_proj and text_proj, which this ve checkpoint"):
@@ -200,6 +243,34 @@ def test_texts_are_cleaned_as_in_the_original(words):
         model.prepare(PIXELS, "a circle", first_token="enc")
     assert inputs["pixel_values"].shape == (1, 3, 96, 96)
     assert model.tokenizer("a circle", "a square")["input_ids"] == [2, 5, 9, 3, 5, 10]
+
+
+def test_every_way_to_tokens_cleans(words):
+    """Positions of a text are the same wherever they are asked for; pairs align by them."""
+    model = opened("retrieval_released_flat.pth", words)
+    text = "The red-blue circle, no?"
+    ids = model.prepare(PIXELS, text)["input_ids"]
+    assert torch.equal(model.to_tokens(text), ids)
+    assert model.to_str_tokens(text) == ["[CLS]", "the", "red", "blue", "circle", "no"]
+    pair = Pair(PIXELS, "a red circle.", None, "a blue circle")
+    assert pair.n_tokens(model.to_str_tokens) == 4
+    with pytest.raises(ValueError, match="positions do not align"):
+        Pair(PIXELS, "red? a circle", None, "red blue a circle").n_tokens(model.to_str_tokens)
+    model.max_words = 2
+    with pytest.warns(UserWarning, match="cut off after 2"):
+        assert model.to_tokens("a red circle").shape == (1, 3)
+
+
+def test_a_processor_of_the_users_is_saved_as_it_is(words, tmp_path):
+    model = opened("retrieval_released_flat.pth", words)
+    own = model.processor.tokenizer.backend_tokenizer
+    own.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    assert model.to_tokens("circle").tolist()[0][-1] == 3
+    model.save_pretrained(tmp_path / "saved")
+    again = HookedALBEF.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.to_tokens("circle"), model.to_tokens("circle"))
 
 
 def test_answers_are_closed(words):
@@ -260,8 +331,16 @@ def test_ranking_by_hand():
     with model.hooks([(site, lambda x, hook: 0 * x)]):
         ablated = model.rank_answers(**question, answer_ids=answers)
     assert error(ablated.probs, ranked.probs) > 1e-4
+    hidden = torch.ones_like(answers)
+    hidden[:, 2:] = 0
+    short = model.rank_answers(**question, answer_ids=answers, answer_mask=hidden)
+    twice = 2 * first  # the first word's, which counts twice, is all that is left
+    assert error(short.probs, twice.softmax(-1).gather(1, short.ids)) < 1e-10
     for wrong, says in (
         ({}, "either as answers= or as answer_ids="),
+        ({"answer_ids": answers[:, :1]}, "answer_ids is [[]4, 1[]]"),
+        ({"answer_ids": answers[:0]}, "at least one answer"),
+        ({"answers": ["yes"], "answer_mask": answers}, "either as answers= or as answer_ids="),
         ({"answer_ids": answers, "k": 0}, "k is at least 1"),
         ({"answer_ids": answers + 40}, "outside of the vocabulary"),
     ):
@@ -269,6 +348,21 @@ def test_ranking_by_hand():
             model.rank_answers(**question, **wrong)
     with pytest.raises(ValueError, match="rank_answers needs a vqa checkpoint"):
         built(ITM).rank_answers(**ITM.inputs(), answer_ids=answers)
+
+
+def test_unlikely_answers_are_ranked_too():
+    """Probabilities below the smallest float16 are no zeros: scores are of logarithms."""
+    model, given = VQA.model(torch.float32), VQA.inputs(dtype=torch.float32)
+    model.unembed.ln.weight.mul_(60)
+    question = {k: v for k, v in given.items() if "decoder" not in k}
+    answers = torch.tensor([[35, number, 2] for number in (4, 9, 5, 20)])
+    wide = model.rank_answers(**question, answer_ids=answers)
+    first = model(**question)[:, 0].softmax(-1)[:, answers[:, 1]]
+    assert first.min() < 1e-20
+    half = model.half().rank_answers(
+        **question | {"pixel_values": question["pixel_values"].half()}, answer_ids=answers
+    )
+    assert not wide.probs.isnan().any() and not half.probs.isnan().any()
 
 
 def test_generation_is_the_greedy_choice_of_plain_passes():
@@ -328,6 +422,16 @@ def altered(tmp_path, file, change, wrap=True):
             "missing: 'visual_encoder.pos_embed' is in every ALBEF",
         ),
         ("ve_trained.pth", lambda s: s.update(extra=torch.zeros(1)), "left over: 'extra'"),
+        (
+            "ve_trained.pth",
+            lambda s: s.update(
+                {
+                    "text_encoder.encoder.layer.0.crossattention.self0.key.bias": 0
+                    * s["cls_head.0.bias"]
+                }
+            ),
+            "family of HookedBLIP",
+        ),
     ],
 )
 def test_files_that_are_refused(tmp_path, golden_words, file, change, says):

@@ -43,6 +43,12 @@ class Pair:
     name: str = ""
 
     def __post_init__(self) -> None:
+        for image in (self.image, self.corrupt_image):
+            if isinstance(image, list | tuple):
+                raise ValueError(
+                    f"pair {self.name!r}: an image is one picture, not {len(image)}; what reads "
+                    "several is patched between prepared inputs, (clean, corrupt)"
+                )
         if self.text is None and self.corrupt_text is not None:
             raise ValueError(f"pair {self.name!r}: a corrupt_text needs a text to corrupt")
         if len(self.images) == 1 and self.corrupt_text in (None, self.text):

@@ -57,6 +57,7 @@ class HookedALBEF(FusedVLM):
 
     def __init__(self, cfg: ALBEFConfig):
         super().__init__(cfg)
+        self.max_words = cfg.max_words
         self.vision = VisionStack(cfg.vision)
         self.hook_image_embeds = HookPoint()  # [images, image_pos, d_vision]
         self.text = TextStack(cfg.text)
@@ -169,6 +170,8 @@ class HookedALBEF(FusedVLM):
             if mode == "text":
                 return self._read_alone(flow, input_ids, attention_mask)
         assert pixel_values is not None
+        if encoder_embeds is not None:
+            self._check_states(encoder_embeds, attention_mask)
         self._see(flow, pixel_values)
         if encoder_embeds is None:
             assert input_ids is not None
@@ -211,6 +214,20 @@ class HookedALBEF(FusedVLM):
             span=span,
         )
 
+    def _check_states(self, states: Tensor, mask: Tensor | None) -> None:
+        cfg, shape = self.cfg.text, list(states.shape)
+        if states.dim() != 3 or shape[2] != cfg.d_model or not 0 < shape[1] <= cfg.n_ctx:
+            raise ValueError(
+                f"encoder_embeds is {shape}, expected what mode='text' gives: [batch, pos, "
+                f"{cfg.d_model}] of 1 to {cfg.n_ctx} positions"
+            )
+        if states.dtype != self.dtype:
+            raise ValueError(f"encoder_embeds is of {states.dtype}, the model of {self.dtype}")
+        if mask is not None and mask.shape != states.shape[:2]:
+            raise ValueError(
+                f"the attention mask of encoder_embeds is {list(mask.shape)}, they are {shape}"
+            )
+
     def _refuse_writers(self, mode: str) -> None:
         """A partial pass would ignore hooks at points that it does not compute."""
         if mode == "multi_modal":
@@ -238,7 +255,7 @@ class HookedALBEF(FusedVLM):
         """As in `HookedVLM.prepare`; of `nlvr`, `images` holds a pair of images for each text.
 
         Texts are cleaned as the original does it: lower case, without punctuation, hyphens and
-        slashes as spaces, and cut off after `cfg.max_words` words, with a warning. They have the
+        slashes as spaces, and cut off after `max_words` words, with a warning. They have the
         form `[CLS] X`, without a final `[SEP]`.
         """
         if self.task != "nlvr":
@@ -263,9 +280,10 @@ class HookedALBEF(FusedVLM):
     def _encode(self, texts: list[str], first_token: str) -> dict[str, Tensor]:
         if first_token != "cls":
             raise ValueError(f"first_token of an ALBEF is 'cls', not {first_token!r}")
-        return super()._encode(
-            [pre_caption(text, self.cfg.max_words) for text in texts], first_token
-        )
+        return super()._encode(texts, first_token)
+
+    def _clean(self, texts: list[str]) -> list[str]:
+        return [pre_caption(text, self.max_words) for text in texts]
 
     def prepare_answers(
         self, answers: Sequence[str]
@@ -309,19 +327,26 @@ class HookedALBEF(FusedVLM):
             Indices of answers and their probabilities, the best first.
 
         Raises:
-            ValueError: another task, no candidates, or a k below 1.
+            ValueError: another task, candidates that are none, or a k below 1.
 
         Source: arXiv 2107.07651 sec. 4, `rank_answer` of the released code.
         """
         if self.task != "vqa":
             raise ValueError(f"rank_answers needs a vqa checkpoint, this one is for {self.task!r}")
-        if (answers is None) == (answer_ids is None):
-            raise ValueError("give the candidates either as answers= or as answer_ids=")
+        if (answers is None) == (answer_ids is None) or (answers and answer_mask is not None):
+            raise ValueError(
+                "give the candidates either as answers= or as answer_ids= (and answer_mask=)"
+            )
         if k < 1:
             raise ValueError(f"k is at least 1, not {k}")
         if answers is not None:
             answer_ids, answer_mask = self.prepare_answers(answers)
         assert answer_ids is not None
+        if answer_ids.dim() != 2 or len(answer_ids) == 0 or answer_ids.shape[1] < 2:
+            raise ValueError(
+                f"answer_ids is {list(answer_ids.shape)}, expected [answers, pos] of at least one "
+                "answer, [CLS] and a word: prepare_answers makes them"
+            )
         self._check_text("answer_ids", answer_ids, answer_mask)
         self._check_text("input_ids", input_ids, attention_mask)
         if answer_mask is None:
@@ -333,18 +358,21 @@ class HookedALBEF(FusedVLM):
         rows = torch.arange(len(question), device=self.device)
         source = Source(question, seen, rows, {})
         starts = answer_ids[:1, :1].expand(len(question), 1)
-        first = self._continue(starts, None, source)[:, 0].softmax(-1)
+        first = _log_probs(self._continue(starts, None, source)[:, 0])
         k = min(k, len(answer_ids))
-        first_probs, chosen = first[:, answer_ids[:, 1]].topk(k, dim=1)  # [batch, k] each
-        ids, mask = answer_ids[chosen].flatten(0, 1), answer_mask[chosen].flatten(0, 1)
-        each = replace(source, rows=rows.repeat_interleave(k))
-        logits = self._continue(ids, mask, each)
-        targets = ids.masked_fill(ids == self.cfg.pad_token_id, -100)
-        losses = F.cross_entropy(logits[:, :-1].mT, targets[:, 1:], reduction="none")
-        scores = -losses.sum(1).view(len(question), k)
-        if double_first:
-            scores = scores + first_probs.log()
-        probs, order = scores.softmax(-1).topk(k, dim=1)
+        scores, chosen = first[:, answer_ids[:, 1]].topk(k, dim=1)  # [batch, k] each
+        if not double_first:
+            scores = torch.zeros_like(scores)
+        targets = answer_ids.masked_fill(answer_mask == 0, -100)
+        each = []
+        for row, candidates in enumerate(chosen):  # at once they would fill the memory
+            own = replace(source, rows=torch.full_like(candidates, row))
+            logits = self._continue(answer_ids[candidates], answer_mask[candidates], own)
+            losses = F.nll_loss(
+                _log_probs(logits[:, :-1]).mT, targets[candidates, 1:], reduction="none"
+            )
+            each.append(-losses.sum(1))
+        probs, order = (scores + torch.stack(each)).softmax(-1).topk(k, dim=1)
         return Ranked(chosen.gather(1, order), probs)
 
     def _continue(self, ids: Tensor, mask: Tensor | None, question: Source) -> Tensor:
@@ -352,6 +380,12 @@ class HookedALBEF(FusedVLM):
         x = self.decoder.embeddings(ids, grad=self._grad_wanted)
         x = self.decoder.run(x, Context(self.decoder.visible(ids, mask), (question,)))
         return self.hook_logits(self.unembed(x))
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    """In float32 at least, where probabilities of unlikely words do not vanish."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.log_softmax(-1)
 
 
 def _check_mode(

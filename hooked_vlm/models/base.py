@@ -232,9 +232,13 @@ class HookedVLM(ResumableModel):
             raise ValueError(f"{n_images} images do not match {len(texts)} texts")
         return texts
 
+    def _clean(self, texts: list[str]) -> list[str]:
+        """Texts as the tokenizer shall get them."""
+        return texts
+
     def _encode(self, texts: list[str], first_token: str) -> dict[str, Tensor]:
         encoded = self.tokenizer(
-            texts, padding=True, return_tensors="pt", return_token_type_ids=False
+            self._clean(texts), padding=True, return_tensors="pt", return_token_type_ids=False
         )
         limit = next(s.cfg.n_ctx for s in self.stacks.values() if isinstance(s, TokenStack))
         if encoded["input_ids"].shape[1] > limit:
@@ -288,8 +292,8 @@ class HookedVLM(ResumableModel):
 
     def to_tokens(self, text: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
         """Token ids of texts, special tokens included, padded."""
-        encoded = self.tokenizer(check_texts(text), padding=True, return_tensors="pt")
-        ids: Tensor = encoded["input_ids"]
+        texts = self._clean(check_texts(text))
+        ids: Tensor = self.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
         return ids.to(self.device)
 
     def to_str_tokens(self, text: str | Tensor) -> list[str]:

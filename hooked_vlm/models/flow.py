@@ -17,7 +17,7 @@ from torch import Tensor
 from hooked_vlm.components.attention import KeyValue, Source
 from hooked_vlm.components.blocks import Context, Door
 from hooked_vlm.components.hook_point import listening
-from hooked_vlm.components.stack import Stack
+from hooked_vlm.components.stack import Stack, needing
 
 Span = tuple[int, int | None]  # the first block to run, and the one to stop before
 
@@ -121,8 +121,8 @@ class Flow:
         """
         first, stop = span
         x = inputs if first else self.stacks[name].embeddings(inputs, grad=self.grad)
-        if first and self.grad:
-            x = x.detach().requires_grad_()
+        if first:
+            x = needing(x, self.grad)
         read = () if source is None else self._sources(name, source, source_mask, len(x))
         context = Context(mask, read, doors=self._doors(name))
         x = self.stacks[name].run(x, context, (first, "attn"), stop=stop)

@@ -237,6 +237,8 @@ class HookedModel(HookedRootModule):
             except _Stop:
                 pass
             else:
+                if stop_at is not None:
+                    raise KeyError(f"the pass ended without reaching stop_at={stop_at!r}")
                 if metric is not None:
                     metric(output).backward()
         self.is_caching = False

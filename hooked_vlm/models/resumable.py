@@ -184,4 +184,5 @@ class ResumableModel(HookedModel):
             for point in self.hook_points()
             if point.listening
         ]
-        return tuple((t.data_ptr(), t._version) for t in tensors), tuple(hooks)
+        versions = (None if t.is_inference() else t._version for t in tensors)
+        return tuple(zip((t.data_ptr() for t in tensors), versions, strict=True)), tuple(hooks)

@@ -185,6 +185,11 @@ def _joined(given: Sequence[Any]) -> Inputs:
     joined = {}
     for key, value in clean.items():
         other = corrupt[key]
+        if value.shape == other.shape and len(value) != 1:
+            raise ValueError(
+                f"{key} has {len(value)} rows in the clean and in the corrupt inputs; prepare one "
+                "row each"
+            )
         if value.shape != other.shape or len(value) != 1:
             raise ValueError(
                 f"positions do not align: {key} is {list(value.shape)} in the clean inputs and "
