@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 
 import pytest
 import torch
@@ -273,3 +274,24 @@ def test_the_vocabulary_of_another_model(folder, tmp_path):
     file = pth(tmp_path / "m.pth", original(reference("itm").state_dict()))
     big.tokenizer.bos_token = None
     refused(file, "no bos_token_id", ValueError, processor=big)
+
+
+def test_files_that_were_packed_again_are_read_right(tmp_path, vocabulary):
+    """Compressed, their tensors cannot be mapped."""
+    file = pth(tmp_path / "model.pth", original(reference("itm").state_dict()))
+    packed = tmp_path / "packed.pth"
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    one, two = (HookedBLIP.from_pretrained(f, processor=vocabulary) for f in (file, packed))
+    for name, parameter in one.named_parameters():
+        assert torch.equal(two.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [({"n_heads": 0}, "n_heads=0"), ({"activation": "geluu"}, "activation='geluu'")],
+)
+def test_sizes_that_are_none(tmp_path, vocabulary, text, says):
+    file = pth(tmp_path / "model.pth", original(reference("itm").state_dict()))
+    refused(file, says, processor=vocabulary, config={"text": text})

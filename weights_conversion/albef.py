@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from hooked_vlm.config import ALBEFConfig, TextConfig, VisionConfig
+from hooked_vlm.config import ALBEFConfig
 from weights_conversion import albef_original, families, processors, shapes_of
 from weights_conversion.files import Checkpoint, InMemory
-from weights_conversion.rules import ConversionError, Rule, Shape
+from weights_conversion.rules import Rule, Shape
 
 OURS = "hooked_albef"  # the model_type of our folders; transformers has no ALBEF
 find_processor = processors.find
@@ -34,11 +34,9 @@ def read(
         ConversionError: no ALBEF, or one whose task cannot be told or is another.
     """
     shapes = checkpoint.shapes
-    families.expect("albef", shapes, hf_config)
+    families.expect("albef", shapes, hf_config, overrides)
     if hf_config is not None:
-        if overrides:
-            raise ConversionError("config= is for bare files; this checkpoint has a config.json")
-        cfg = from_dict(hf_config)
+        cfg = families.from_dict(hf_config, ALBEFConfig)
         families.ask(task, [cfg.task])
         return cfg, albef_original.rules(shapes, cfg)
     known = families.ask(task, albef_original.tasks(shapes))
@@ -49,22 +47,6 @@ def read(
 def write(cfg: ALBEFConfig) -> tuple[dict[str, Any], list[Rule]]:
     """The `config.json` to write, of our own, and the table, of the original names."""
     return {"model_type": OURS, **asdict(cfg)}, albef_original.rules((), cfg)
-
-
-def from_dict(config: Mapping[str, Any]) -> ALBEFConfig:
-    """Our configuration from a `config.json` of our own layout.
-
-    Raises:
-        ConversionError: fields that are missing or that it does not have.
-    """
-    fields = {name: value for name, value in config.items() if name != "model_type"}
-    try:
-        for name, kind in (("vision", VisionConfig), ("text", TextConfig), ("decoder", TextConfig)):
-            if fields[name] is not None:
-                fields[name] = kind(**fields[name])
-        return ALBEFConfig(**fields)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConversionError(f"config.json is none of ours: {error}") from error
 
 
 def shapes(cfg: ALBEFConfig) -> dict[str, Shape]:

@@ -96,6 +96,8 @@ def rules(names: Collection[str], cfg: ALBEFConfig) -> list[Rule]:
         table.append(rename("cls_head.2.{p}", "cls_head.fc_out.{p}"))
     if cfg.d_proj is not None:
         table += [rename(f"{head}.{{p}}", f"{head}.{{p}}") for head in ("vision_proj", "text_proj")]
+    heads = ("itm_head", "cls_head", "vision_proj", "text_proj")
+    table += [ignore(f"{head}.*", because="a head of another task") for head in heads]
     if cfg.temperature:
         table.append(rename("temp", "temp"))
     else:

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import BlipConfig
 
-from hooked_vlm.config import BLIPConfig, TextConfig, VisionConfig
+from hooked_vlm.config import BLIPConfig, TextConfig
 from weights_conversion import blip_hf, blip_original, families, processors, shapes_of
 from weights_conversion.files import Checkpoint, InMemory
 from weights_conversion.rules import ConversionError, Rule, Shape, rename
@@ -36,11 +36,9 @@ def read(
         ConversionError: no BLIP, or one whose task cannot be told or is another.
     """
     shapes = checkpoint.shapes
-    families.expect("blip", shapes, hf_config)
-    if hf_config is not None and overrides:
-        raise ConversionError("config= is for bare files; this checkpoint has a config.json")
+    families.expect("blip", shapes, hf_config, overrides)
     if hf_config is not None and hf_config["model_type"] == OURS:
-        cfg = from_dict(hf_config)
+        cfg = families.from_dict(hf_config, BLIPConfig)
         families.ask(task, [cfg.task])
         return cfg, [rename(name, name) for name in shapes]
     known = families.ask(task, blip_hf.tasks(shapes))
@@ -102,22 +100,6 @@ def _sizes(cfg: TextConfig) -> dict[str, Any]:
     return {
         name: value for name, value in asdict(cfg).items() if name not in ("causal", "d_source")
     }
-
-
-def from_dict(config: Mapping[str, Any]) -> BLIPConfig:
-    """Our configuration from a `config.json` of our own layout.
-
-    Raises:
-        ConversionError: fields that are missing or that it does not have.
-    """
-    fields = {name: value for name, value in config.items() if name != "model_type"}
-    try:
-        for name, kind in (("vision", VisionConfig), ("text", TextConfig), ("decoder", TextConfig)):
-            if fields[name] is not None:
-                fields[name] = kind(**fields[name])
-        return BLIPConfig(**fields)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConversionError(f"config.json is none of ours: {error}") from error
 
 
 def shapes(cfg: BLIPConfig) -> dict[str, Shape]:

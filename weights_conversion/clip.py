@@ -36,7 +36,7 @@ def read(
         ConversionError: no CLIP.
     """
     shapes = checkpoint.shapes
-    families.expect("clip", shapes, hf_config)
+    families.expect("clip", shapes, hf_config, overrides)
     families.ask(task, ["clip"])
     if hf_config is None:
         if any(name.startswith("text_model.") for name in shapes):
@@ -47,8 +47,6 @@ def read(
             )
         cfg = clip_original.config(shapes, overrides)
         return cfg, clip_original.rules(cfg)
-    if overrides:
-        raise ConversionError("config= is for bare files; this checkpoint has a config.json")
     if hf_config["model_type"] == OURS:
         return from_dict(hf_config), [rename(name, name) for name in shapes]
     try:

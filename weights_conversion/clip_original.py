@@ -12,6 +12,7 @@ from typing import Any
 from hooked_vlm.config import CLIPConfig, ResNetConfig, TokenConfig, VisionConfig
 from weights_conversion.original import check_stacks, telling, with_heads
 from weights_conversion.rules import (
+    ConversionError,
     Rule,
     Shape,
     ignore,
@@ -147,6 +148,10 @@ def _vision(
         while blocks := _count(shapes, f"visual.layer{len(stages) + 1}."):
             stages.append(blocks)
         n_positions, d_model = shapes["visual.attnpool.positional_embedding"]
+        if "d_model" in overrides:
+            raise ConversionError(
+                "config= names the d_model of a ResNet, which follows from its width"
+            )
         pool = with_heads("vision", {"d_model": d_model, **overrides})
         del pool["d_model"]
         side = round((n_positions - 1) ** 0.5) * 2 ** (len(stages) + 1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
+from hooked_vlm.config import ALBEFConfig, BLIPConfig, TextConfig, VisionConfig
 from weights_conversion.rules import ConversionError
 
 Family = Literal["blip", "albef", "clip"]
 Task = TypeVar("Task", bound=str)
+Config = TypeVar("Config", BLIPConfig, ALBEFConfig)
 CLASSES: dict[Family, str] = {"blip": "HookedBLIP", "albef": "HookedALBEF", "clip": "HookedCLIP"}
 # The model_type of a config.json: transformers', and ours where it has no class.
 TYPES: dict[str, Family] = {
@@ -36,17 +38,24 @@ def family(names: Iterable[str], hf_config: Mapping[str, Any] | None) -> Family 
     for bert in ("text_encoder", "text_encoder.bert"):
         # Of the two, only ALBEF's text encoder has a first layer without cross-attention.
         if f"{bert}.{layer}.attention.self.query.weight" in names:
-            fused = f"{bert}.{layer}.crossattention.self.query.weight" in names
-            return "blip" if fused else "albef"
+            cross = f"{bert}.{layer}.crossattention."
+            return "blip" if any(name.startswith(cross) for name in names) else "albef"
     return "blip" if any(name.startswith("text_decoder.") for name in names) else None
 
 
-def expect(wanted: Family, names: Iterable[str], hf_config: Mapping[str, Any] | None) -> None:
-    """Refuses a checkpoint of another family.
+def expect(
+    wanted: Family,
+    names: Iterable[str],
+    hf_config: Mapping[str, Any] | None,
+    overrides: Mapping[str, Any],
+) -> None:
+    """Refuses a checkpoint of another family, and overrides where there is a `config.json`.
 
     Raises:
         ConversionError: it names the class that opens it.
     """
+    if hf_config is not None and overrides:
+        raise ConversionError("config= is for bare files; this checkpoint has a config.json")
     found = family(names, hf_config)
     if found in (wanted, None) and (hf_config is None or found is not None):
         return
@@ -75,3 +84,23 @@ def ask(task: str | None, found: list[Task]) -> Task:
             f"the tensors serve several tasks; pass task= one of {', '.join(found)}"
         )
     return next(name for name in found if task in (None, name))
+
+
+def from_dict(config: Mapping[str, Any], kind: type[Config]) -> Config:
+    """The configuration of a BLIP or an ALBEF from a `config.json` of our own layout.
+
+    Raises:
+        ConversionError: fields that are missing or that it does not have.
+    """
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    try:
+        for name, stack in (
+            ("vision", VisionConfig),
+            ("text", TextConfig),
+            ("decoder", TextConfig),
+        ):
+            if fields[name] is not None:
+                fields[name] = stack(**fields[name])
+        return kind(**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConversionError(f"config.json is none of ours: {error}") from error

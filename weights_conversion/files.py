@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 import tempfile
+import zipfile
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
@@ -87,7 +88,7 @@ class Checkpoint:
         return {name: tuple(tensor.shape) for name, tensor in self._kept[file].items()}
 
     def _unpickled(self, file: Path) -> dict[str, Tensor]:
-        mapped = _is_zip(file)
+        mapped = _is_zip(file) and not _is_compressed(file)
         tensors = self._kept.pop(file, None) or _unpickle(file, mapped)
         if not mapped:
             self._kept[file] = tensors
@@ -195,12 +196,12 @@ def _open(file: Path) -> Any:
 
 
 def _unpickle(file: Path, mapped: bool) -> dict[str, Tensor]:
-    loaded: Any
+    loaded: Any = None
     try:
-        if mapped and torchscript.is_archive(file):
-            loaded = torchscript.read(file)
-        else:
+        if not (_is_zip(file) and torchscript.is_archive(file)):
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        elif mapped:
+            loaded = torchscript.read(file)
     except (pickle.UnpicklingError, *_BROKEN) as error:
         if code := _CODE.search(str(error)):
             raise ConversionError(
@@ -213,6 +214,11 @@ def _unpickle(file: Path, mapped: bool) -> dict[str, Tensor]:
             f"{file} cannot be read as a PyTorch checkpoint, it may be cut short; fetch it again "
             f"({reason})"
         ) from error
+    if loaded is None:
+        raise ConversionError(
+            f"{file} is a compressed archive of TorchScript, which torch never writes; write it "
+            "again without compression, or fetch the original"
+        )
     for wrapper in ("model", "state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
@@ -230,3 +236,13 @@ def _unpickle(file: Path, mapped: bool) -> dict[str, Tensor]:
 def _is_zip(file: Path) -> bool:
     with file.open("rb") as opened:
         return opened.read(4) == b"PK\x03\x04"
+
+
+def _is_compressed(file: Path) -> bool:
+    """Whether a zip file was packed again, so that its tensors are not there to be mapped."""
+    try:
+        with zipfile.ZipFile(file) as opened:
+            tensors = [entry for entry in opened.infolist() if "/data/" in entry.filename]
+            return any(entry.compress_type != zipfile.ZIP_STORED for entry in tensors)
+    except (zipfile.BadZipFile, *_BROKEN):
+        return False  # cut short: whoever opens it says so

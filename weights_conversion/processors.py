@@ -75,7 +75,9 @@ def find(
     elif own is None:
         processor = _for_file(kind, given, cfg, **download)
     elif given is None:
-        processor = _load(kind, own, cfg, revision=revision, **download)
+        # An ALBEF's folder is of our own writing: its tokenizer is the one that was saved.
+        as_saved = isinstance(cfg, ALBEFConfig)
+        processor = _load(kind, own, cfg, as_saved, revision=revision, **download)
     elif (processor := _load(kind, given, cfg, **download)) is None:
         raise FileNotFoundError(f"processor={str(given)!r} has no processor, here or on the Hub")
     return processor, cfg if own is not None else with_special_tokens(
@@ -92,7 +94,9 @@ def with_special_tokens(cfg: Config, tokenizer: Any, kind: Kind | None = None) -
     return replace(cfg, **(kind or BERT).special(cfg, tokenizer))
 
 
-def _load(kind: Kind, source: str | Path, cfg: Config, **download: Any) -> Any:
+def _load(
+    kind: Kind, source: str | Path, cfg: Config, as_saved: bool = False, **download: Any
+) -> Any:
     """A checkpoint's own processor; None where its folder holds neither of its parts."""
     tokenizer = _tokenizer(kind, source, **download)
     try:
@@ -109,7 +113,7 @@ def _load(kind: Kind, source: str | Path, cfg: Config, **download: Any) -> Any:
             f"{source} has an image processor but no tokenizer; pass processor= with a folder or a "
             "Hub name that has both"
         )
-    return kind.both(images, _complete(kind, tokenizer, cfg, str(source)))
+    return kind.both(images, _complete(kind, tokenizer, cfg, str(source), as_saved))
 
 
 def _for_file(kind: Kind, given: str | Path | None, cfg: Config, **download: Any) -> Any:
@@ -136,9 +140,10 @@ def _tokenizer(kind: Kind, source: str | Path, **download: Any) -> Any:
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
 
-def _complete(kind: Kind, tokenizer: Any, cfg: Config, source: str) -> Any:
+def _complete(kind: Kind, tokenizer: Any, cfg: Config, source: str, as_saved: bool = False) -> Any:
     d_vocab = _d_vocab(cfg)
-    tokenizer = kind.complete(tokenizer, cfg)
+    if not as_saved:
+        tokenizer = kind.complete(tokenizer, cfg)
     if len(tokenizer) > d_vocab:
         raise ValueError(
             f"the tokenizer of {source!r} has {len(tokenizer)} tokens, the weights know {d_vocab}; "
