@@ -50,6 +50,11 @@ class StackConfig:
         """Width of one head."""
         return self.d_model // self.n_heads
 
+    @property
+    def n_key_value_heads(self) -> int:
+        """Heads of keys and values: one to each head of queries."""
+        return self.n_heads
+
     # What TransformerLens' ActivationCache asks of a model's configuration.
     @property
     def normalization_type(self) -> str:
@@ -71,12 +76,15 @@ class VisionConfig(StackConfig):
         patch_size: side of a patch, in pixels.
         patch_bias: whether the patch convolution has a bias; CLIP's has none.
         ln_pre: whether a norm stands before the first block, as in CLIP.
+        n_unread: blocks behind the last one that runs, kept for saving alone, as the final norm
+            then is; None where the stack is read at its end.
     """
 
     image_size: int
     patch_size: int
     patch_bias: bool = True
     ln_pre: bool = False
+    n_unread: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +117,43 @@ class TokenConfig(StackConfig):
     d_vocab: int
     n_ctx: int
     causal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(TokenConfig):
+    """A causal stack with rotary positions, as in Llama, Vicuna and Mistral.
+
+    Attributes:
+        n_ctx: the positions that it was made for.
+        n_key_value_heads: heads of keys and values, each of which serves a group of query heads.
+        d_head: width of one head; by default `d_model / n_heads`.
+        rope_theta: base of the rotary frequencies.
+        sliding_window: how many positions a query sees, its own included; None for all.
+        causal: always true.
+    """
+
+    n_key_value_heads: int = 0
+    d_head: int = 0
+    rope_theta: float
+    sliding_window: int | None = None
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.d_head:
+            super().__post_init__()
+            object.__setattr__(self, "d_head", self.d_model // self.n_heads)
+        if not self.n_key_value_heads:
+            object.__setattr__(self, "n_key_value_heads", self.n_heads)
+        if self.n_heads % self.n_key_value_heads:
+            raise ValueError(
+                f"n_heads={self.n_heads} is not a multiple of "
+                f"n_key_value_heads={self.n_key_value_heads}"
+            )
+
+    @property
+    def normalization_type(self) -> str:
+        """TransformerLens' word for a norm without centring, with a gain of its own."""
+        return "RMS"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +298,11 @@ class ResNetConfig:
         return self.d_model // self.n_heads
 
     @property
+    def n_key_value_heads(self) -> int:
+        """Heads of keys and values: one to each head of queries."""
+        return self.n_heads
+
+    @property
     def grid(self) -> int:
         """Cells along one side of the last map."""
         return self.image_size // self.stride
@@ -285,3 +335,40 @@ class CLIPConfig:
     bos_token_id: int
     pad_token_id: int
     task: Literal["clip"] = "clip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaConfig:
+    """A LLaVA-1.5 (arXiv 2310.03744).
+
+    Attributes:
+        vision: CLIP's image encoder, up to the block that is read.
+        text: the language model.
+        language: whose it is, which decides on its `config.json` alone.
+        image_token_id: the token in whose place a feature of an image is read.
+        feature_strategy: which positions of the image encoder are read: `default` leaves out the
+            class token, `full` reads it too.
+        projector_activation: name of the projector's activation.
+        tied: whether the unembedding is the token embeddings' matrix.
+        bos_token_id: first token of a text.
+        eos_token_id: what ends a text.
+        pad_token_id: what fills up shorter texts.
+        task: what the model does, always `llava`.
+    """
+
+    vision: VisionConfig
+    text: LlamaConfig
+    language: Literal["llama", "mistral"]
+    image_token_id: int
+    feature_strategy: Literal["default", "full"]
+    projector_activation: str
+    tied: bool
+    bos_token_id: int | None
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+    task: Literal["llava"] = "llava"
+
+    @property
+    def n_image_tokens(self) -> int:
+        """Positions of the language model that one image takes."""
+        return self.vision.n_ctx - (self.feature_strategy == "default")

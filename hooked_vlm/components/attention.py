@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooked_vlm.components.hook_point import HookPoint
-from hooked_vlm.config import ResNetConfig, StackConfig
+from hooked_vlm.config import LlamaConfig, ResNetConfig, StackConfig
 
 KeyValue = tuple[Tensor, Tensor]  # [rows, pos, head, d_head] each, before their hook points
 
@@ -54,13 +54,16 @@ class Source:
 class Attention(nn.Module):
     """`softmax(q k^T / sqrt(d_head)) v`, heads joined by an output projection.
 
-    Source: arXiv 1706.03762 sec. 3.2. Fused unless somebody listens to scores or pattern; both
-    ways a query that may see no key has a pattern and z of 0.
+    A head of keys and values serves a group of consecutive query heads, most often of one.
+
+    Source: arXiv 1706.03762 sec. 3.2; groups, arXiv 2305.13245 sec. 2.2. Fused unless somebody
+    listens to scores or pattern; both ways a query that may see no key has a pattern and z of 0.
 
     Args:
         cfg: sizes of the stack.
         d_source: width of what keys and values read; None for self-attention.
         d_out: width of what the output projection gives; by default that of the stack.
+        bias: whether the four projections have biases.
     """
 
     def __init__(
@@ -68,37 +71,41 @@ class Attention(nn.Module):
         cfg: StackConfig | ResNetConfig,
         d_source: int | None = None,
         d_out: int | None = None,
+        bias: bool = True,
     ):
         super().__init__()
         self.n_heads, self.d_head = cfg.n_heads, cfg.d_head
-        self.q = nn.Linear(cfg.d_model, cfg.d_model)
-        self.k = nn.Linear(d_source or cfg.d_model, cfg.d_model)
-        self.v = nn.Linear(d_source or cfg.d_model, cfg.d_model)
-        self.o = nn.Linear(cfg.d_model, d_out or cfg.d_model)
-        heads = cfg.n_heads
+        heads, kv_heads = cfg.n_heads, cfg.n_key_value_heads
+        self.group = heads // kv_heads  # query heads that a head of keys and values serves
+        self.q = nn.Linear(cfg.d_model, heads * cfg.d_head, bias)
+        self.k = nn.Linear(d_source or cfg.d_model, kv_heads * cfg.d_head, bias)
+        self.v = nn.Linear(d_source or cfg.d_model, kv_heads * cfg.d_head, bias)
+        self.o = nn.Linear(heads * cfg.d_head, d_out or cfg.d_model, bias)
         self.hook_q_in = HookPoint()  # [batch, query, d_model]
         self.hook_kv_in = HookPoint()  # [batch, key, d_source]
         self.hook_q = HookPoint(2, heads)  # [batch, query, head, d_head]
-        self.hook_k = HookPoint(2, heads)  # [batch, key, head, d_head]
-        self.hook_v = HookPoint(2, heads)  # [batch, key, head, d_head]
+        self.hook_k = HookPoint(2, kv_heads)  # [batch, key, kv_head, d_head]
+        self.hook_v = HookPoint(2, kv_heads)  # [batch, key, kv_head, d_head]
         self.hook_attn_scores = HookPoint(1, heads)  # [batch, head, query, key]
         self.hook_pattern = HookPoint(1, heads)  # [batch, head, query, key]
         self.hook_z = HookPoint(2, heads)  # [batch, query, head, d_head]
         self.hook_result = HookPoint(2, heads)  # [batch, query, head, d_model]
 
     def _heads(self, x: Tensor) -> Float[Tensor, "*batch head d_head"]:
-        heads: Tensor = x.unflatten(-1, (self.n_heads, self.d_head))
+        heads: Tensor = x.unflatten(-1, (-1, self.d_head))
         return heads
 
     def _join(
         self,
         q: Float[Tensor, "batch query head d_head"],
-        k: Float[Tensor, "groups key head d_head"],
-        v: Float[Tensor, "groups key head d_head"],
+        k: Float[Tensor, "groups key kv_head d_head"],
+        v: Float[Tensor, "groups key kv_head d_head"],
         mask: Bool[Tensor, "_ 1 _ key"] | None,
     ) -> Float[Tensor, "batch query d_model"]:
         """Attends and projects out; each row of k and v serves a run of consecutive batch rows."""
         batch, groups = len(q), len(k)
+        if self.group > 1:
+            k, v = k.repeat_interleave(self.group, 2), v.repeat_interleave(self.group, 2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if not (self.hook_attn_scores.listening or self.hook_pattern.listening):
             fused = F.scaled_dot_product_attention(_fold(q, groups), k, v, attn_mask=mask)
@@ -117,7 +124,7 @@ class Attention(nn.Module):
         z = self.hook_z(z)
         if self.hook_result.listening:
             result = torch.einsum("bqhd,hdm->bqhm", z, self.W_O)
-            return self.hook_result(result).sum(2) + self.o.bias
+            return self.hook_result(result).sum(2) + self.b_O
         out: Tensor = self.o(z.flatten(-2))
         return out
 
@@ -128,12 +135,12 @@ class Attention(nn.Module):
         return self._heads(self.q.weight.mT).transpose(0, 1)
 
     @property
-    def W_K(self) -> Float[Tensor, "head d_source d_head"]:
+    def W_K(self) -> Float[Tensor, "kv_head d_source d_head"]:
         """Key weights, head by head."""
         return self._heads(self.k.weight.mT).transpose(0, 1)
 
     @property
-    def W_V(self) -> Float[Tensor, "head d_source d_head"]:
+    def W_V(self) -> Float[Tensor, "kv_head d_source d_head"]:
         """Value weights, head by head."""
         return self._heads(self.v.weight.mT).transpose(0, 1)
 
@@ -145,22 +152,22 @@ class Attention(nn.Module):
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:
         """Query biases."""
-        return self._heads(self.q.bias)
+        return self._heads(bias_of(self.q))
 
     @property
-    def b_K(self) -> Float[Tensor, "head d_head"]:
+    def b_K(self) -> Float[Tensor, "kv_head d_head"]:
         """Key biases."""
-        return self._heads(self.k.bias)
+        return self._heads(bias_of(self.k))
 
     @property
-    def b_V(self) -> Float[Tensor, "head d_head"]:
+    def b_V(self) -> Float[Tensor, "kv_head d_head"]:
         """Value biases."""
-        return self._heads(self.v.bias)
+        return self._heads(bias_of(self.v))
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
         """Output bias."""
-        return self.o.bias
+        return bias_of(self.o)
 
 
 class SelfAttention(Attention):
@@ -187,10 +194,44 @@ class SelfAttention(Attention):
         kv_in = self.hook_kv_in(x)
         k = self.hook_k(self._heads(self.k(kv_in)))
         v = self.hook_v(self._heads(self.v(kv_in)))
+        q, k = self._placed(q, k, queries)
         if past is not None:
             k, v = past.update(k.transpose(1, 2), v.transpose(1, 2), layer)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         return self._join(q, k, v, mask)
+
+    def _placed(self, q: Tensor, k: Tensor, queries: slice) -> tuple[Tensor, Tensor]:
+        """Queries and keys that know where they stand; here the stream itself tells."""
+        return q, k
+
+
+class RotaryAttention(SelfAttention):
+    """Attention whose queries and keys are turned by angles that grow with the position.
+
+    Source: RoFormer (arXiv 2104.09864) sec. 3.2.2, with halves in place of pairs, as in Llama
+    (arXiv 2302.13971) sec. 2.2.
+    """
+
+    def __init__(self, cfg: LlamaConfig):
+        super().__init__(cfg, bias=False)
+        self.theta = cfg.rope_theta
+        self.hook_rot_q = HookPoint(2, cfg.n_heads)  # [batch, query, head, d_head]
+        self.hook_rot_k = HookPoint(2, cfg.n_key_value_heads)  # [batch, key, kv_head, d_head]
+
+    def _placed(self, q: Tensor, k: Tensor, queries: slice) -> tuple[Tensor, Tensor]:
+        at = torch.arange(k.shape[1], device=k.device)
+        return self.hook_rot_q(self._turned(q, at[queries])), self.hook_rot_k(self._turned(k, at))
+
+    def _turned(
+        self, x: Float[Tensor, "batch pos head d_head"], at: Int[Tensor, " pos"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        steps = torch.arange(0, self.d_head, 2, device=x.device, dtype=wide) / self.d_head
+        frequencies = 1 / self.theta**steps  # rounded as in transformers: far on, angles are large
+        angles = (at[:, None] * frequencies).repeat(1, 2)[:, None]
+        left, right = x.chunk(2, -1)
+        turned = torch.cat([-right, left], -1)
+        return x * angles.cos().to(x.dtype) + turned * angles.sin().to(x.dtype)
 
 
 class CrossAttention(Attention):
@@ -230,6 +271,13 @@ class CrossAttention(Attention):
         if source.kept is not None and not self.hook_kv_in.listening:  # by rows of the source
             source.kept[layer] = k, v
         return _pick(k, groups), _pick(v, groups), mask
+
+
+def bias_of(linear: nn.Linear) -> Float[Tensor, " d_out"]:
+    """Its bias, zeros where it has none."""
+    if linear.bias is None:
+        return linear.weight.new_zeros(linear.out_features)
+    return linear.bias
 
 
 def _pick(t: Tensor, rows: Tensor | None) -> Tensor:

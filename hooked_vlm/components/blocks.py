@@ -12,11 +12,16 @@ from typing import Any, ClassVar, Literal
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hooked_vlm.components.attention import CrossAttention, SelfAttention, Source
+from hooked_vlm.components.attention import (
+    CrossAttention,
+    RotaryAttention,
+    SelfAttention,
+    Source,
+)
 from hooked_vlm.components.hook_point import HookPoint
-from hooked_vlm.components.mlp import MLP
-from hooked_vlm.components.norm import LayerNorm
-from hooked_vlm.config import StackConfig, TextConfig
+from hooked_vlm.components.mlp import MLP, GatedMLP
+from hooked_vlm.components.norm import LayerNorm, RMSNorm
+from hooked_vlm.config import LlamaConfig, StackConfig, TextConfig
 
 Part = Literal["attn", "cross_attn", "mlp"]
 Door = tuple[int, Part]  # a block's number and the part behind the door
@@ -78,15 +83,24 @@ class PreNormBlock(nn.Module):
         self.layer = layer
         # In the order in which they run. Points are [batch, pos, d_model].
         self.hook_resid_pre = HookPoint()
-        self.ln1 = LayerNorm(cfg.d_model, cfg.eps)
-        self.attn = SelfAttention(cfg)
+        self.ln1 = self._norm(cfg)
+        self.attn = self._attention(cfg)
         self.hook_attn_out = HookPoint()
         self.hook_resid_mid = HookPoint()
         self.hook_mlp_in = HookPoint()
-        self.ln2 = LayerNorm(cfg.d_model, cfg.eps)
-        self.mlp = MLP(cfg.d_model, cfg.d_mlp, cfg.activation)
+        self.ln2 = self._norm(cfg)
+        self.mlp = self._perceptron(cfg)
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
+
+    def _norm(self, cfg: StackConfig) -> LayerNorm | RMSNorm:
+        return LayerNorm(cfg.d_model, cfg.eps)
+
+    def _attention(self, cfg: Any) -> SelfAttention:
+        return SelfAttention(cfg)
+
+    def _perceptron(self, cfg: StackConfig) -> MLP | GatedMLP:
+        return MLP(cfg.d_model, cfg.d_mlp, cfg.activation)
 
     def forward(
         self, x: Stream, context: Context, start: Part = "attn"
@@ -100,6 +114,22 @@ class PreNormBlock(nn.Module):
         context.keep(self.layer, "mlp", x)
         mlp_out = self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(x))))
         return self.hook_resid_post(x + mlp_out)
+
+
+class LlamaBlock(PreNormBlock):
+    """A pre-norm block of RMS norms, rotary attention and a gated MLP.
+
+    Source: Llama (arXiv 2302.13971) sec. 2.2.
+    """
+
+    def _norm(self, cfg: StackConfig) -> RMSNorm:
+        return RMSNorm(cfg.d_model, cfg.eps)
+
+    def _attention(self, cfg: LlamaConfig) -> RotaryAttention:
+        return RotaryAttention(cfg)
+
+    def _perceptron(self, cfg: StackConfig) -> GatedMLP:
+        return GatedMLP(cfg.d_model, cfg.d_mlp, cfg.activation)
 
 
 class PostNormBlock(nn.Module):

@@ -165,6 +165,14 @@ class HookPoint(LensHookPoint):
         return torch.stack(after, self.head_axis)
 
 
+def remove_points(module: nn.Module) -> None:
+    """Takes every hook point out of a module that will not run."""
+    for inner in list(module.modules()):
+        for name, child in list(inner.named_children()):
+            if isinstance(child, HookPoint):
+                delattr(inner, name)
+
+
 def listening(module: nn.Module) -> bool:
     """Whether anybody listens to a point inside the module."""
     return any(isinstance(m, HookPoint) and m.listening for m in module.modules())

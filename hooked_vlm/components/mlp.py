@@ -1,4 +1,4 @@
-"""The two-layer perceptron of a transformer block."""
+"""The perceptrons of transformer blocks, plain and gated."""
 
 from __future__ import annotations
 
@@ -41,5 +41,43 @@ class MLP(nn.Module):
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_out"]:
+        """Output weights."""
+        return self.fc_out.weight.mT
+
+
+class GatedMLP(nn.Module):
+    """`fc_out(act(fc_gate(x)) * fc_in(x))`, without biases.
+
+    Source: arXiv 2002.05202 sec. 2, as in Llama (arXiv 2302.13971) sec. 2.2.
+    """
+
+    def __init__(self, d_model: int, d_mlp: int, activation: str):
+        super().__init__()
+        self.fc_gate = nn.Linear(d_model, d_mlp, bias=False)
+        self.fc_in = nn.Linear(d_model, d_mlp, bias=False)
+        self.fc_out = nn.Linear(d_mlp, d_model, bias=False)
+        self.act = ACT2FN[activation]
+        self.hook_pre = HookPoint()  # [batch, pos, d_mlp], of the gate
+        self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp]
+        self.hook_post = HookPoint()  # [batch, pos, d_mlp]
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        gate = self.act(self.hook_pre(self.fc_gate(x)))
+        out: Tensor = self.fc_out(self.hook_post(gate * self.hook_pre_linear(self.fc_in(x))))
+        return out
+
+    # TransformerLens' names: views of the released weights.
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        """Weights of the gate."""
+        return self.fc_gate.weight.mT
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        """Input weights, of what the gate multiplies."""
+        return self.fc_in.weight.mT
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights."""
         return self.fc_out.weight.mT

@@ -1,4 +1,4 @@
-"""Layer norm with its divisor and its normalized input in sight."""
+"""Norms with their divisor and their normalized input in sight."""
 
 from __future__ import annotations
 
@@ -37,3 +37,22 @@ class LayerNorm(nn.Module):
             normalized = centred / self.hook_scale(scale)
         normalized = normalized.to(x.dtype)
         return torch.addcmul(self.bias, self.hook_normalized(normalized), self.weight)
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis.
+
+    Source: arXiv 1910.07467, as in Llama (arXiv 2302.13971) sec. 2.2.
+    """
+
+    def __init__(self, d_model: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.hook_scale = HookPoint()  # [batch, pos, 1], float32 in half-precision models
+        self.hook_normalized = HookPoint()  # [batch, pos, d_model]
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = self.hook_scale((wide.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        return self.hook_normalized((wide / scale).to(x.dtype)) * self.weight

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 from transformers.activations import ACT2FN
 
-from hooked_vlm.components.attention import Attention
-from hooked_vlm.components.blocks import Context, Door, PostNormBlock, PreNormBlock
+from hooked_vlm.components.attention import Attention, bias_of
+from hooked_vlm.components.blocks import Context, Door, LlamaBlock, PostNormBlock, PreNormBlock
 from hooked_vlm.components.embed import PatchEmbed, TokenEmbed
-from hooked_vlm.components.hook_point import HookPoint, listening
-from hooked_vlm.components.norm import LayerNorm
+from hooked_vlm.components.hook_point import HookPoint, listening, remove_points
+from hooked_vlm.components.norm import LayerNorm, RMSNorm
 from hooked_vlm.config import (
+    LlamaConfig,
     ResNetConfig,
     StackConfig,
     TextConfig,
@@ -42,12 +43,12 @@ class HeadWeights:
         return self._stacked("W_Q")
 
     @property
-    def W_K(self) -> Float[Tensor, "layer head d_source d_head"]:
+    def W_K(self) -> Float[Tensor, "layer kv_head d_source d_head"]:
         """Key weights."""
         return self._stacked("W_K")
 
     @property
-    def W_V(self) -> Float[Tensor, "layer head d_source d_head"]:
+    def W_V(self) -> Float[Tensor, "layer kv_head d_source d_head"]:
         """Value weights."""
         return self._stacked("W_V")
 
@@ -62,12 +63,12 @@ class HeadWeights:
         return self._stacked("b_Q")
 
     @property
-    def b_K(self) -> Float[Tensor, "layer head d_head"]:
+    def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
         """Key biases."""
         return self._stacked("b_K")
 
     @property
-    def b_V(self) -> Float[Tensor, "layer head d_head"]:
+    def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
         """Value biases."""
         return self._stacked("b_V")
 
@@ -79,12 +80,17 @@ class HeadWeights:
     @property
     def OV(self) -> FactoredMatrix:
         """What a head moves from a key's position into the stream, `W_V W_O`."""
-        return FactoredMatrix(self.W_V, self.W_O)
+        return FactoredMatrix(self._for_queries(self.W_V), self.W_O)
 
     @property
     def QK(self) -> FactoredMatrix:
         """The bilinear form of a head's scores before the scale, `W_Q W_K^T`."""
-        return FactoredMatrix(self.W_Q, self.W_K.mT)
+        return FactoredMatrix(self.W_Q, self._for_queries(self.W_K).mT)
+
+    def _for_queries(self, weights: Tensor) -> Float[Tensor, "layer head d_source d_head"]:
+        """Weights of keys or values, once for each query head that they serve."""
+        group = self._attentions[0].group
+        return weights if group == 1 else weights.repeat_interleave(group, 1)
 
 
 class Stack(nn.Module, Generic[Block]):
@@ -176,7 +182,7 @@ class Stack(nn.Module, Generic[Block]):
         for index, block in enumerate(self.block_list[: layer + mlp_input]):
             biases.append(block.attn.b_O)
             if include_mlp_biases and index < layer:
-                biases.append(block.mlp.fc_out.bias)
+                biases.append(bias_of(block.mlp.fc_out))
         return torch.stack(biases).sum(0)
 
 
@@ -184,7 +190,8 @@ class VisionStack(Stack[PreNormBlock]):
     """A vision transformer: patches, learned positions, pre-norm blocks, a final norm.
 
     Source: ViT (arXiv 2010.11929), as in BLIP (arXiv 2201.12086) sec. 3.1; with a norm before the
-    first block, as in CLIP (arXiv 2103.00020) sec. 2.4.
+    first block, as in CLIP (arXiv 2103.00020) sec. 2.4; read before its last blocks, as in LLaVA
+    (arXiv 2304.08485) sec. 4.1, which keeps them in `unread`, where they have no points.
     """
 
     pre_norm = True
@@ -199,7 +206,13 @@ class VisionStack(Stack[PreNormBlock]):
         if cfg.ln_pre:
             self.ln_pre = LayerNorm(cfg.d_model, cfg.eps)
         self.blocks = nn.ModuleList([PreNormBlock(cfg, layer) for layer in range(cfg.n_layers)])
-        self.ln_final = LayerNorm(cfg.d_model, cfg.eps)
+        ln_final = LayerNorm(cfg.d_model, cfg.eps)
+        if cfg.n_unread is None:
+            self.ln_final = ln_final
+        else:
+            unread = [PreNormBlock(cfg, layer) for layer in range(cfg.n_unread)]
+            self.unread = nn.ModuleDict({"blocks": nn.ModuleList(unread), "ln_final": ln_final})
+            remove_points(self.unread)
 
     def embeddings(
         self, pixel_values: Float[Tensor, "batch 3 height width"], *, grad: bool = False
@@ -211,13 +224,12 @@ class VisionStack(Stack[PreNormBlock]):
         return self.ln_pre(x) if self.cfg.ln_pre else x
 
     def finish(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """The final norm, of every position."""
-        normalized: Tensor = self.ln_final(x)
-        return normalized
+        """The final norm, of every position, where the stack is read at its end."""
+        return self.ln_final(x) if self.cfg.n_unread is None else x
 
 
 class TokenStack(Stack[Block]):
-    """Tokens and learned positions, and the blocks that read them."""
+    """Tokens, and the blocks that read them."""
 
     cfg: TokenConfig
 
@@ -225,29 +237,13 @@ class TokenStack(Stack[Block]):
         super().__init__()
         self.cfg = cfg
         self.embed = TokenEmbed(cfg)
-        self.pos_embed = nn.Parameter(torch.zeros(cfg.n_ctx, cfg.d_model))
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
-        self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
         self._add_embed_parts()
         made: list[Any] = [block(cfg, layer) for layer in range(cfg.n_layers)]  # type: ignore[arg-type]
         self.blocks = nn.ModuleList(made)
 
     def _add_embed_parts(self) -> None:
-        """What stands between the embeddings and block 0."""
-
-    def embeddings(
-        self, input_ids: Int[Tensor, "batch pos"], *, offset: int = 0, grad: bool = False
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """Tokens and their positions, the first of which is `offset`."""
-        end = offset + input_ids.shape[1]
-        if end > self.cfg.n_ctx:
-            raise ValueError(
-                f"the text has {end} tokens, the position table {self.cfg.n_ctx} rows; shorten it"
-            )
-        embed = self.embed(input_ids)
-        pos = self.pos_embed[offset:end].expand(len(embed), -1, -1)
-        x: Tensor = self.hook_embed(needing(embed, grad)) + self.hook_pos_embed(needing(pos, grad))
-        return x
+        """What stands between the token embeddings and block 0."""
 
     def visible(
         self, input_ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None, offset: int = 0
@@ -272,13 +268,35 @@ class TokenStack(Stack[Block]):
         """Token embeddings."""
         return self.embed.weight
 
+
+class PositionedStack(TokenStack[Block]):
+    """Tokens and learned positions, and the blocks that read them."""
+
+    def _add_embed_parts(self) -> None:
+        self.pos_embed = nn.Parameter(torch.zeros(self.cfg.n_ctx, self.cfg.d_model))
+        self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
+
+    def embeddings(
+        self, input_ids: Int[Tensor, "batch pos"], *, offset: int = 0, grad: bool = False
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Tokens and their positions, the first of which is `offset`."""
+        end = offset + input_ids.shape[1]
+        if end > self.cfg.n_ctx:
+            raise ValueError(
+                f"the text has {end} tokens, the position table {self.cfg.n_ctx} rows; shorten it"
+            )
+        embed = self.embed(input_ids)
+        pos = self.pos_embed[offset:end].expand(len(embed), -1, -1)
+        x: Tensor = self.hook_embed(needing(embed, grad)) + self.hook_pos_embed(needing(pos, grad))
+        return x
+
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
         """Position embeddings."""
         return self.pos_embed
 
 
-class TextStack(TokenStack[PostNormBlock]):
+class TextStack(PositionedStack[PostNormBlock]):
     """A BERT stack with cross-attention from its fusion layer on.
 
     Source: BLIP (arXiv 2201.12086) sec. 3.1, the 'mixture of encoder-decoder', where that is the
@@ -300,6 +318,7 @@ class TextStack(TokenStack[PostNormBlock]):
                         setattr(getattr(block.cross_attn, name), kind, tied)
 
     def _add_embed_parts(self) -> None:
+        super()._add_embed_parts()
         if self.cfg.n_token_types:
             self.token_type_embed = nn.Parameter(
                 torch.zeros(self.cfg.n_token_types, self.cfg.d_model)
@@ -319,7 +338,7 @@ class TextStack(TokenStack[PostNormBlock]):
         return normalized
 
 
-class PreNormTextStack(TokenStack[PreNormBlock]):
+class PreNormTextStack(PositionedStack[PreNormBlock]):
     """Tokens, learned positions, pre-norm blocks, a final norm.
 
     Source: CLIP (arXiv 2103.00020) sec. 2.4, its text encoder.
@@ -330,6 +349,51 @@ class PreNormTextStack(TokenStack[PreNormBlock]):
     def __init__(self, cfg: TokenConfig):
         super().__init__(cfg, PreNormBlock)
         self.ln_final = LayerNorm(cfg.d_model, cfg.eps)
+
+    def finish(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The final norm, of every position."""
+        normalized: Tensor = self.ln_final(x)
+        return normalized
+
+
+class LlamaStack(TokenStack[PreNormBlock]):
+    """A causal stack with rotary positions; features of images stand in place of some tokens.
+
+    Source: Llama (arXiv 2302.13971) sec. 2.2; the window, Mistral (arXiv 2310.06825) sec. 2;
+    features among the tokens, LLaVA (arXiv 2304.08485) sec. 4.1.
+    """
+
+    cfg: LlamaConfig
+    pre_norm = True
+
+    def __init__(self, cfg: LlamaConfig):
+        super().__init__(cfg, LlamaBlock)
+        self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
+
+    def embeddings(
+        self,
+        input_ids: Int[Tensor, "batch pos"],
+        *,
+        grad: bool = False,
+        features: Float[Tensor, "places d_model"] | None = None,
+        places: Bool[Tensor, "batch pos"] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Tokens, and in order the features in their `places`."""
+        embed = self.embed(input_ids)
+        if features is not None and places is not None:
+            embed = embed.masked_scatter(places[..., None], features.to(embed.dtype))
+        x: Tensor = self.hook_embed(needing(embed, grad))
+        return x
+
+    def visible(
+        self, input_ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None, offset: int = 0
+    ) -> Bool[Tensor, "_ 1 _ key"] | None:
+        """Which keys a query may see: those of its window that are no padding and not later."""
+        mask = super().visible(input_ids, attention_mask, offset)
+        if mask is None or self.cfg.sliding_window is None:
+            return mask
+        at = torch.arange(mask.shape[-1], device=mask.device)
+        return mask & (at > at[offset:, None] - self.cfg.sliding_window)
 
     def finish(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The final norm, of every position."""
