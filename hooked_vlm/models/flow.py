@@ -7,8 +7,8 @@ at a site can reach.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,25 @@ if TYPE_CHECKING:
     from hooked_vlm.models.cache import ActivationCache
 
 
+@dataclass(frozen=True)
+class Merge:
+    """The output of a stack in place of tokens of another.
+
+    Attributes:
+        source: the stack whose output it is, [rows, pos, d_model].
+        places: [batch, pos], True for the tokens, in the order of the output's positions.
+        rows: for each row of the batch the rows of the output that stand in it, in order.
+    """
+
+    source: str
+    places: Tensor
+    rows: Sequence[Tensor]
+
+    def of(self, rows: Tensor) -> Merge:
+        """The same, for rows chosen from the batch."""
+        return replace(self, places=self.places[rows], rows=[self.rows[row] for row in rows])
+
+
 @dataclass
 class Kept:
     """What a base keeps of one stack.
@@ -36,6 +55,7 @@ class Kept:
         reader: the stack that reads this one, None for the last.
         group: how many consecutive rows each row of the reader reads together.
         rows: for each row of the reader the group that it reads; None for one to one.
+        merged: for each row of the reader the rows that stand in it, where it is read so.
     """
 
     output: Tensor
@@ -44,6 +64,7 @@ class Kept:
     reader: str | None = None
     group: int = 1
     rows: Tensor | None = None
+    merged: Sequence[Tensor] | None = None
 
 
 @dataclass
@@ -73,6 +94,9 @@ class Base:
 
     def rows(self, stack: str, rows: Tensor) -> Tensor:
         """The rows of a stack that belong to rows of the batch, group by group."""
+        merged = self.stacks[stack].merged
+        if merged is not None:
+            return torch.cat([merged[row] for row in rows])
         size = self.stacks[stack].group
         groups = self.groups(stack, rows)
         within = torch.arange(size, device=groups.device)
@@ -104,6 +128,7 @@ class Flow:
         readout: slice = slice(None),
         at: Tensor | None = None,
         span: Span = (0, None),
+        merge: Merge | None = None,
     ) -> Tensor:
         """Runs a stack and the glue behind it.
 
@@ -118,11 +143,10 @@ class Flow:
             at: for each row the one position that is read, which `after` gets without its axis.
             span: the first block to run and the one to stop before; where the first is not 0,
                 `inputs` is the stream at its door.
+            merge: what stands in place of some of the tokens.
         """
         first, stop = span
-        x = inputs if first else self.stacks[name].embeddings(inputs, grad=self.grad)
-        if first:
-            x = needing(x, self.grad)
+        x = needing(inputs, self.grad) if first else self._embed(name, inputs, merge)
         read = () if source is None else self._sources(name, source, source_mask, len(x))
         context = Context(mask, read, doors=self._doors(name))
         x = self.stacks[name].run(x, context, (first, "attn"), stop=stop)
@@ -142,6 +166,18 @@ class Flow:
         """
         groups: Tensor = self.outputs[name].unflatten(0, (-1, group))
         return groups
+
+    def _embed(self, name: str, inputs: Tensor, merge: Merge | None) -> Tensor:
+        if merge is None:
+            return self.stacks[name].embeddings(inputs, grad=self.grad)
+        stack: Any = self.stacks[name]
+        features = self._features(name, merge).flatten(0, 1)
+        x: Tensor = stack.embeddings(inputs, grad=self.grad, features=features, places=merge.places)
+        return x
+
+    def _features(self, name: str, merge: Merge) -> Tensor:
+        """What stands in the stack, row after row."""
+        return self.outputs[merge.source][torch.cat(list(merge.rows))]
 
     def _doors(self, name: str) -> dict[Door, Tensor] | None:
         return None
@@ -181,6 +217,10 @@ class Recording(Flow):
 
     def _doors(self, name: str) -> dict[Door, Tensor]:
         return self.kept[name].doors
+
+    def _features(self, name: str, merge: Merge) -> Tensor:
+        self.kept[merge.source].merged = merge.rows
+        return super()._features(name, merge)
 
     def read(self, name: str, batch: int, group: int = 1) -> Tensor:
         """As ever, and keeps which rows were read."""
@@ -241,14 +281,21 @@ class Resuming(Flow):
         readout: slice = slice(None),
         at: Tensor | None = None,
         span: Span = (0, None),
+        merge: Merge | None = None,
     ) -> Tensor:
         """Runs what a change can reach of a stack, or takes its output from the base."""
         kept, rows = self.base.stacks[name], self.base.rows(name, self.rows)
         self.outputs[name] = kept.output
         first, stop = span
         door: Door | None = self.door
+        if not len(rows):  # no row of the new batch reads it
+            self.outputs[name] = kept.output[:0]
+            self.changed.add(name)
+            return self.outputs[name]
         if name != self.start:
-            if source in self.changed:
+            if merge is not None and merge.source in self.changed:
+                door = None
+            elif source in self.changed:
                 door = self._reader_door(name, first)
             elif name in self.listeners:
                 door = None
@@ -258,7 +305,7 @@ class Resuming(Flow):
         if mask is not None and len(mask) > 1:
             mask = mask[rows]
         if door is None and not first:
-            x = self.stacks[name].embeddings(inputs[rows], grad=self.grad)
+            x = self._embed(name, inputs[rows], None if merge is None else merge.of(rows))
         else:
             x = kept.doors[door or (first, "attn")][rows]
             if self.grad:
@@ -267,6 +314,11 @@ class Resuming(Flow):
         self.changed.add(name)
         self.outputs[name] = after(x if at is None else _at(x, at[rows]))
         return self.outputs[name]
+
+    def _features(self, name: str, merge: Merge) -> Tensor:
+        if merge.source in self.changed:  # whose rows are those of the new batch
+            return self.outputs[merge.source]
+        return super()._features(name, merge)
 
     def read(self, name: str, batch: int, group: int = 1) -> Tensor:
         """As ever; of a stack that nothing changed, what the new rows read of the base."""
