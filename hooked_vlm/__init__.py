@@ -11,14 +11,24 @@ if TYPE_CHECKING:
     from hooked_vlm.models.base import HookedVLM
     from hooked_vlm.models.blip import HookedBLIP
     from hooked_vlm.models.clip import HookedCLIP
+    from hooked_vlm.models.llava import HookedLlava
 
 __version__ = "0.1.0"
-__all__ = ["HookedALBEF", "HookedBLIP", "HookedCLIP", "HookedVLM", "data", "patching"]
+__all__ = [
+    "HookedALBEF",
+    "HookedBLIP",
+    "HookedCLIP",
+    "HookedLlava",
+    "HookedVLM",
+    "data",
+    "patching",
+]
 
 _WHERE = {
     "HookedALBEF": "hooked_vlm.models.albef",
     "HookedBLIP": "hooked_vlm.models.blip",
     "HookedCLIP": "hooked_vlm.models.clip",
+    "HookedLlava": "hooked_vlm.models.llava",
     "HookedVLM": "hooked_vlm.models.base",
 }
 

@@ -55,6 +55,16 @@ CLIP: Exposed = [
     (r"text_model\.encoder\.layers\.(\d+)\.self_attn", 1, "text.blocks.{}.attn.hook_pattern"),
 ]
 
+LLAVA: Exposed = [
+    (rf"model\.{module}\.layers\.(\d+){part}", output, f"{stack}.blocks.{{}}.{name}")
+    for module, stack in ((r"vision_tower\.encoder", "vision"), ("language_model", "text"))
+    for part, output, name in (
+        ("", None, "hook_resid_post"),
+        (r"\.self_attn", 1, "attn.hook_pattern"),
+        (r"\.mlp", None, "hook_mlp_out"),
+    )
+] + [(r"model\.multi_modal_projector", None, "hook_image_embeds")]
+
 
 def reference(model: HookedVLM, name: str, revision: str | None) -> Any:
     """The same weights in transformers; of a file that it cannot read, as we save them."""
@@ -136,7 +146,7 @@ def check(model: HookedVLM, name: str, *, revision: str | None = None) -> bool:
         start = torch.full((1, 1), model.cfg.bos_token_id, device=model.device)
         inputs["decoder_input_ids"] = theirs["decoder_input_ids"] = start
         hf.text_decoder.cls.register_forward_hook(lambda *given: heads.append(given[2]))
-    exposed = CLIP if model.task == "clip" else BLIP
+    exposed = {"clip": CLIP, "llava": LLAVA}.get(model.task, BLIP)
     expected, result = activations(hf, exposed, lambda: hf(**theirs))
     if model.task == "clip":
         expected["hook_image_embeds"] = result.image_embeds
@@ -146,6 +156,8 @@ def check(model: HookedVLM, name: str, *, revision: str | None = None) -> bool:
         expected["hook_logits"] = (
             result.itm_score if model.task == "itm" else heads[0] if heads else result.logits
         )
+    # transformers also runs the blocks of the image encoder that LLaVA does not read.
+    expected = {point: value for point, value in expected.items() if point in model.hook_dict}
     _, cache = model.run_with_cache(**inputs, names_filter=list(expected))
     worst: dict[str, tuple[float, str]] = {}
     counts: dict[str, int] = {}

@@ -270,7 +270,8 @@ def test_weights_of_heads(model, inputs):
             heads, d_head, width = stack.cfg.n_heads, stack.cfg.d_head, stack.cfg.d_model
             source = cache[f"{where}.hook_kv_in"].shape[-1]
             assert all_of.W_Q.shape == (n_layers, heads, width, d_head)
-            assert all_of.W_K.shape == all_of.W_V.shape == (n_layers, heads, source, d_head)
+            kv_heads = stack.cfg.n_key_value_heads
+            assert all_of.W_K.shape == all_of.W_V.shape == (n_layers, kv_heads, source, d_head)
             assert all_of.W_O.shape == (n_layers, heads, d_head, width)
             attn = stack.blocks[layers[-1]].get_submodule(part)
             assert attn.W_O.data_ptr() == attn.o.weight.data_ptr()
@@ -287,7 +288,10 @@ def test_weights_of_heads(model, inputs):
             result = torch.einsum("bphd,hdm->bphm", cache[f"{where}.hook_z"], all_of.W_O[-1])
             assert error(cache[f"{where}.hook_result"], result) < 1e-12
             assert isinstance(all_of.OV, FactoredMatrix)
-            assert error(all_of.OV.AB[-1, 0], all_of.W_V[-1, 0] @ all_of.W_O[-1, 0]) < 1e-12
-            assert error(all_of.QK.AB[-1, 0], all_of.W_Q[-1, 0] @ all_of.W_K[-1, 0].mT) < 1e-12
+            for head, kv_head in ((0, 0), (heads - 1, kv_heads - 1)):
+                ov = all_of.W_V[-1, kv_head] @ all_of.W_O[-1, head]
+                qk = all_of.W_Q[-1, head] @ all_of.W_K[-1, kv_head].mT
+                assert error(all_of.OV.AB[-1, head], ov) < 1e-12
+                assert error(all_of.QK.AB[-1, head], qk) < 1e-12
             if part == "attn":
                 assert torch.equal(stack.W_Q, all_of.W_Q)

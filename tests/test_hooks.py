@@ -11,7 +11,8 @@ from hooked_vlm import HookedVLM
 
 ITM, CAPTIONING, VQA = BLIP
 WRITE_ONLY_IN_VAIN: dict[str, str] = {}  # points that cannot be written, with the reason: none
-HEADED = ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z", "hook_result")
+HEADED = ("hook_q", "hook_attn_scores", "hook_pattern", "hook_z", "hook_result", "hook_rot_q")
+HEADED_KV = ("hook_k", "hook_v", "hook_rot_k")  # may be fewer
 each_task = pytest.mark.parametrize("member", ZOO, ids=str)
 
 
@@ -176,11 +177,12 @@ def test_heads_are_made_on_first_use(member, inputs):
     model.hook_names(heads=True)
     assert not any(point.heads for point in model.hook_dict.values())
     names = model.hook_names(heads=True)
-    expected = sum(
-        model.stacks[name.partition(".")[0]].cfg.n_heads
-        for name in model.hook_names()
-        if name.endswith(HEADED)
-    )
+    cfg_of = {name: stack.cfg for name, stack in model.stacks.items()}
+    expected = 0
+    for name in model.hook_names():
+        cfg = cfg_of.get(name.partition(".")[0])
+        expected += cfg.n_heads if name.endswith(HEADED) else 0
+        expected += cfg.n_key_value_heads if name.endswith(HEADED_KV) else 0
     assert len(names) - len(model.hook_names()) == expected
     head = next(name for name in names if name.endswith(".heads.1.hook_pattern"))
     assert head in model.hook_dict and model.hook_dict.get("vision.nothing") is None

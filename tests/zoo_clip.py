@@ -165,15 +165,17 @@ class ClipMember:
         """For each of our hook names the tensor of the reference that it must equal."""
         if self.stages is None:
             names = {
-                "vision.ln_pre.hook_normalized": ("vision_model.pre_layrnorm", "in", _standard),
+                "vision.ln_pre.hook_normalized": ("vision_model.pre_layrnorm", "in", standard),
                 "hook_image_embeds": ("visual_projection", "out", _unit),
                 "hook_text_embeds": ("text_projection", "out", _unit),
-                "vision.hook_embed": ("vision_model.embeddings.patch_embedding", "out", _patches),
+                "vision.hook_embed": ("vision_model.embeddings.patch_embedding", "out", patches),
                 "text.hook_embed": ("text_model.embeddings.token_embedding", "out", same),
                 "text.hook_pos_embed": ("text_model.embeddings.position_embedding", "out", same),
-                "text.ln_final.hook_normalized": ("text_model.final_layer_norm", "in", _standard),
+                "text.ln_final.hook_normalized": ("text_model.final_layer_norm", "in", standard),
             }
-            return names | _blocks("vision", self.vision[1]) | _blocks("text", self.text[1])
+            for stack, sizes in (("vision", self.vision), ("text", self.text)):
+                names |= blocks(stack, f"{stack}_model", sizes[1])
+            return names
         return _resnet(self.stages)
 
 
@@ -188,7 +190,7 @@ def of_openai(theirs: nn.Module, vision_heads: int, text_heads: int, **ids: int)
     return model.eval()
 
 
-def _patches(x: Tensor) -> Tensor:
+def patches(x: Tensor) -> Tensor:
     return x.flatten(2).mT
 
 
@@ -196,7 +198,7 @@ def _unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1)
 
 
-def _standard(x: Tensor) -> Tensor:
+def standard(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
 
 
@@ -204,14 +206,14 @@ def _first(x: Tensor) -> Tensor:
     return x.flatten(1)
 
 
-def _blocks(stack: str, layers: int) -> dict[str, Reference]:
+def blocks(stack: str, module: str, layers: int) -> dict[str, Reference]:
     rows: dict[str, Reference] = {}
     for layer in range(layers):
-        ours, theirs = f"{stack}.blocks.{layer}", f"{stack}_model.encoder.layers.{layer}"
+        ours, theirs = f"{stack}.blocks.{layer}", f"{module}.encoder.layers.{layer}"
         attn = f"{theirs}.self_attn"
         rows |= {
             f"{ours}.hook_resid_pre": (theirs, "in", same),
-            f"{ours}.ln1.hook_normalized": (f"{theirs}.layer_norm1", "in", _standard),
+            f"{ours}.ln1.hook_normalized": (f"{theirs}.layer_norm1", "in", standard),
             f"{ours}.attn.hook_q_in": (f"{theirs}.layer_norm1", "out", same),
             f"{ours}.attn.hook_kv_in": (f"{theirs}.layer_norm1", "out", same),
             f"{ours}.attn.hook_q": (f"{attn}.q_proj", "out", same),
@@ -222,7 +224,7 @@ def _blocks(stack: str, layers: int) -> dict[str, Reference]:
             f"{ours}.hook_attn_out": (f"{attn}.out_proj", "out", same),
             f"{ours}.hook_resid_mid": (f"{theirs}.layer_norm2", "in", same),
             f"{ours}.hook_mlp_in": (f"{theirs}.layer_norm2", "in", same),
-            f"{ours}.ln2.hook_normalized": (f"{theirs}.layer_norm2", "in", _standard),
+            f"{ours}.ln2.hook_normalized": (f"{theirs}.layer_norm2", "in", standard),
             f"{ours}.mlp.hook_pre": (f"{theirs}.mlp.fc1", "out", same),
             f"{ours}.mlp.hook_post": (f"{theirs}.mlp.fc2", "in", same),
             f"{ours}.hook_mlp_out": (f"{theirs}.mlp.fc2", "out", same),

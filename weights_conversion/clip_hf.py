@@ -12,32 +12,40 @@ from hooked_vlm.config import CLIPConfig, TokenConfig, VisionConfig
 from weights_conversion.rules import Rule, ignore, rename, unsqueeze
 
 
-def _blocks(theirs: str, ours: str) -> list[Rule]:
-    layer, block = f"{theirs}.encoder.layers.{{l}}", f"{ours}.blocks.{{l}}"
+def block(theirs: str, ours: str) -> list[Rule]:
+    """The table of a block, by its name there and here."""
     return [
         *(
-            rename(f"{layer}.self_attn.{name}_proj.{{p}}", f"{block}.attn.{name}.{{p}}")
+            rename(f"{theirs}.self_attn.{name}_proj.{{p}}", f"{ours}.attn.{name}.{{p}}")
             for name in "qkv"
         ),
-        rename(f"{layer}.self_attn.out_proj.{{p}}", f"{block}.attn.o.{{p}}"),
-        rename(f"{layer}.layer_norm1.{{p}}", f"{block}.ln1.{{p}}"),
-        rename(f"{layer}.layer_norm2.{{p}}", f"{block}.ln2.{{p}}"),
-        rename(f"{layer}.mlp.fc1.{{p}}", f"{block}.mlp.fc_in.{{p}}"),
-        rename(f"{layer}.mlp.fc2.{{p}}", f"{block}.mlp.fc_out.{{p}}"),
+        rename(f"{theirs}.self_attn.out_proj.{{p}}", f"{ours}.attn.o.{{p}}"),
+        rename(f"{theirs}.layer_norm1.{{p}}", f"{ours}.ln1.{{p}}"),
+        rename(f"{theirs}.layer_norm2.{{p}}", f"{ours}.ln2.{{p}}"),
+        rename(f"{theirs}.mlp.fc1.{{p}}", f"{ours}.mlp.fc_in.{{p}}"),
+        rename(f"{theirs}.mlp.fc2.{{p}}", f"{ours}.mlp.fc_out.{{p}}"),
+    ]
+
+
+def vision(theirs: str) -> list[Rule]:
+    """The table of the image encoder up to its last block, by the name that it has there."""
+    embeddings = f"{theirs}.embeddings"
+    return [
+        unsqueeze(f"{embeddings}.class_embedding", "vision.embed.class_token", axes=2),
+        rename(f"{embeddings}.patch_embedding.weight", "vision.embed.patch.weight"),
+        unsqueeze(f"{embeddings}.position_embedding.weight", "vision.pos_embed", axes=1),
+        rename(f"{theirs}.pre_layrnorm.{{p}}", "vision.ln_pre.{p}"),  # as transformers spells it
+        *block(f"{theirs}.encoder.layers.{{l}}", "vision.blocks.{l}"),
     ]
 
 
 RULES = [
-    unsqueeze("vision_model.embeddings.class_embedding", "vision.embed.class_token", axes=2),
-    rename("vision_model.embeddings.patch_embedding.weight", "vision.embed.patch.weight"),
-    unsqueeze("vision_model.embeddings.position_embedding.weight", "vision.pos_embed", axes=1),
-    rename("vision_model.pre_layrnorm.{p}", "vision.ln_pre.{p}"),  # as transformers spells it
-    *_blocks("vision_model", "vision"),
+    *vision("vision_model"),
     rename("vision_model.post_layernorm.{p}", "vision.ln_final.{p}"),
     rename("visual_projection.weight", "vision_proj.weight"),
     rename("text_model.embeddings.token_embedding.weight", "text.embed.weight"),
     rename("text_model.embeddings.position_embedding.weight", "text.pos_embed"),
-    *_blocks("text_model", "text"),
+    *block("text_model.encoder.layers.{l}", "text.blocks.{l}"),
     rename("text_model.final_layer_norm.{p}", "text.ln_final.{p}"),
     rename("text_projection.weight", "text_proj.weight"),
     rename("logit_scale", "logit_scale"),
@@ -57,14 +65,14 @@ def config(hf: Mapping[str, Any]) -> CLIPConfig:
             raise ValueError(f"{name} is {part[name]!r}, HookedCLIP needs one number")
     return CLIPConfig(
         vision=VisionConfig(
-            **_sizes(vision),
+            **sizes(vision),
             image_size=vision["image_size"],
             patch_size=vision["patch_size"],
             patch_bias=False,
             ln_pre=True,
         ),
         text=TokenConfig(
-            **_sizes(text),
+            **sizes(text),
             d_vocab=text["vocab_size"],
             n_ctx=text["max_position_embeddings"],
             causal=True,
@@ -76,7 +84,8 @@ def config(hf: Mapping[str, Any]) -> CLIPConfig:
     )
 
 
-def _sizes(part: Mapping[str, Any]) -> dict[str, Any]:
+def sizes(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of one of our stacks, of a part of the configuration."""
     return {
         "d_model": part["hidden_size"],
         "n_layers": part["num_hidden_layers"],
@@ -88,7 +97,7 @@ def _sizes(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields(cfg: VisionConfig | TokenConfig) -> dict[str, Any]:
-    """What `_sizes` reads, of one of our stacks."""
+    """What `sizes` reads, of one of our stacks."""
     return {
         "hidden_size": cfg.d_model,
         "num_hidden_layers": cfg.n_layers,

@@ -8,10 +8,15 @@ from typing import Any, Literal, TypeVar
 from hooked_vlm.config import ALBEFConfig, BLIPConfig, TextConfig, VisionConfig
 from weights_conversion.rules import ConversionError
 
-Family = Literal["blip", "albef", "clip"]
+Family = Literal["blip", "albef", "clip", "llava"]
 Task = TypeVar("Task", bound=str)
 Config = TypeVar("Config", BLIPConfig, ALBEFConfig)
-CLASSES: dict[Family, str] = {"blip": "HookedBLIP", "albef": "HookedALBEF", "clip": "HookedCLIP"}
+CLASSES: dict[Family, str] = {
+    "blip": "HookedBLIP",
+    "albef": "HookedALBEF",
+    "clip": "HookedCLIP",
+    "llava": "HookedLlava",
+}
 # The model_type of a config.json: transformers', and ours where it has no class.
 TYPES: dict[str, Family] = {
     "blip": "blip",
@@ -19,6 +24,19 @@ TYPES: dict[str, Family] = {
     "hooked_albef": "albef",
     "clip": "clip",
     "hooked_clip": "clip",
+    "llava": "llava",
+}
+PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
+ORIGINAL_LLAVA = (
+    "the files of LLaVA's own repository cannot be opened yet; HookedLlava opens the same weights "
+    "in transformers' layout, such as llava-hf/llava-1.5-7b-hf"
+)
+# Relatives that cannot be opened yet, and what can.
+UNREAD = {
+    "llava_next": "LLaVA-NeXT (model_type 'llava_next') cannot be opened yet; HookedLlava opens "
+    "LLaVA-1.5, such as llava-hf/llava-1.5-7b-hf",
+    "llava_llama": ORIGINAL_LLAVA,
+    "llava_mistral": ORIGINAL_LLAVA,
 }
 
 
@@ -28,10 +46,20 @@ def family(names: Iterable[str], hf_config: Mapping[str, Any] | None) -> Family 
     Args:
         names: of the tensors.
         hf_config: the `config.json`, None for a bare file.
+
+    Raises:
+        ConversionError: a relative that cannot be opened yet.
     """
-    if hf_config is not None:
-        return TYPES.get(str(hf_config.get("model_type")))
+    kind = "" if hf_config is None else str(hf_config.get("model_type"))
     names = set(names)
+    if any(".mm_projector." in name for name in names):
+        kind = "llava_llama"
+    if kind in UNREAD:
+        raise ConversionError(UNREAD[kind])
+    if hf_config is not None:
+        return TYPES.get(kind)
+    if any(name.startswith(PROJECTOR) for name in names):
+        return "llava"
     if any(name.startswith(("visual.", "text_model.encoder.")) for name in names):
         return "clip"
     layer = "encoder.layer.0"

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel
 
+from hooked_vlm.components.attention import bias_of
 from hooked_vlm.components.stack import TokenStack, Unembed
 from hooked_vlm.hub import locate
 from hooked_vlm.models.inputs import (
@@ -342,13 +343,13 @@ class HookedVLM(ResumableModel):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """The unembedding, of what BERT's prediction head makes of the last stack's output."""
+        """The unembedding of the last stack's output, or of what BERT's head makes of it."""
         return self._unembedding.weight.mT
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """The unembedding's bias."""
-        return self._unembedding.bias
+        """The unembedding's bias, zeros where it has none."""
+        return bias_of(self._unembedding)
 
     def tokens_to_residual_directions(
         self, tokens: str | int | Int[Tensor, "*shape"]
@@ -361,6 +362,7 @@ class HookedVLM(ResumableModel):
     @property
     def _unembedding(self) -> nn.Linear:
         unembed = self._modules.get("unembed")
-        if not isinstance(unembed, Unembed):
+        out = unembed.out if isinstance(unembed, Unembed) else unembed
+        if not isinstance(out, nn.Linear):
             raise ValueError(f"a model for task {self.task!r} predicts no tokens: it has no W_U")
-        return unembed.out
+        return out

@@ -184,15 +184,22 @@ class StackCache(transformer_lens.ActivationCache):
         return read
 
     def logit_lens(self, **kwargs: Any) -> Any:
-        """Refuses: no pre-norm stack of this model is followed by an unembedding."""
-        if not self.model.pre_norm:
-            self._refuse("logit_lens")
-        raise NotImplementedError(f"{self.name!r} has no unembedding to read its stream through")
+        """Refuses: it is not there yet."""
+        self._refuse_lens("logit_lens")
 
     def logit_attrs(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses: no pre-norm stack of this model is followed by an unembedding."""
+        """Refuses: it is not there yet."""
+        self._refuse_lens("logit_attrs")
+
+    def _refuse_lens(self, what: str) -> NoReturn:
         if not self.model.pre_norm:
-            self._refuse("logit_attrs")
+            self._refuse(what)
+        whole = self._whole.model
+        if "unembed" in whole._modules and self.name == list(whole.stacks)[-1]:
+            raise NotImplementedError(
+                f"{what} in {self.name!r} is not there yet; of a stack of streams, "
+                "accumulated_resid(apply_ln=True) @ model.W_U is the lens"
+            )
         raise NotImplementedError(f"{self.name!r} has no unembedding to read its stream through")
 
     def apply_ln_to_stack(
@@ -209,8 +216,10 @@ class StackCache(transformer_lens.ActivationCache):
         """
         if not self.model.pre_norm:
             self._refuse("apply_ln")
-        scaled = super().apply_ln_to_stack(residual_stack, layer, mlp_input, *args, **kwargs)
         final = layer is None or layer in (-1, self.model.cfg.n_layers)
+        if final and not hasattr(self.model, "ln_final"):
+            raise NotImplementedError(f"no norm follows the last block of {self.name!r} that runs")
+        scaled = super().apply_ln_to_stack(residual_stack, layer, mlp_input, *args, **kwargs)
         if final and kwargs.get("recompute_ln", False):
             return scaled  # went through the norm itself, bias and all
         return scaled * self._gain(layer, mlp_input)

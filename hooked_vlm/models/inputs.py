@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,11 @@ def pre_caption(text: str, max_words: int) -> str:
 
 
 def token_map(
-    inputs: BatchEncoding, grid: int, to_str: Callable[[Tensor], list[str]], stacks: Iterable[str]
+    inputs: BatchEncoding,
+    grid: int,
+    to_str: Callable[[Tensor], list[str]],
+    stacks: Iterable[str],
+    standing: Mapping[tuple[int, int], tuple[int, int]] | None = None,
 ) -> pd.DataFrame:
     """See `HookedVLM.token_map`.
 
@@ -147,6 +151,7 @@ def token_map(
         grid: patches along one side of the image.
         to_str: from a row of ids to its tokens.
         stacks: the model's stacks, the one that reads the image first.
+        standing: by row and position of the text the image and its position that stand there.
     """
     if not hasattr(inputs, "geometry"):
         raise ValueError("these inputs do not say what image they are of; model.prepare makes them")
@@ -164,12 +169,16 @@ def token_map(
                 | {"patch_row": row, "patch_column": column}
                 | {"left": x, "top": y, "right": x + width, "bottom": y + height}
             )
+    seen = {(line["row"], line["position"]): line for line in lines}
     if "input_ids" in inputs:
         for row, ids in enumerate(inputs["input_ids"]):
             for position, token in enumerate(to_str(ids)):
-                lines.append(
-                    {"stack": readers[0], "row": row, "position": position, "token": token}
-                )
+                text = {"stack": readers[0], "row": row, "position": position, "token": token}
+                if standing and (row, position) in standing:
+                    image, patch = standing[row, position]
+                    text = seen[image, patch] | text | {"image": image}
+                lines.append(text)
     columns = ["stack", "row", "position", "token", "patch_row", "patch_column"]
-    frame = pd.DataFrame(lines, columns=[*columns, "left", "top", "right", "bottom"])
-    return frame.astype({"patch_row": "Int64", "patch_column": "Int64"})
+    columns += ["left", "top", "right", "bottom", *["image"] * (standing is not None)]
+    frame = pd.DataFrame(lines, columns=columns)
+    return frame.astype({name: "Int64" for name in columns if name[:5] in ("patch", "image")})

@@ -1,0 +1,291 @@
+"""LLaVA-1.5: a language model that reads features of images in place of some of its tokens.
+
+Source: Liu et al., LLaVA (arXiv 2304.08485), sec. 4.1, and LLaVA-1.5 (arXiv 2310.03744), sec. 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BatchEncoding
+
+from hooked_vlm.components.hook_point import HookPoint
+from hooked_vlm.components.mlp import MLP
+from hooked_vlm.components.stack import LlamaStack, VisionStack
+from hooked_vlm.config import LlavaConfig
+from hooked_vlm.models.base import HookedVLM
+from hooked_vlm.models.flow import Flow, Merge
+from hooked_vlm.models.inputs import (
+    Geometry,
+    ImageLike,
+    check_texts,
+    open_images,
+    token_map,
+    visible,
+)
+from weights_conversion import Checkpoint, InMemory, llava_processor
+from weights_conversion import llava as layout
+from weights_conversion.rules import Rule
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+IMAGE = "<image>"
+VICUNA = "USER: <image>\n{question} ASSISTANT:"  # LLaVA-1.5's prompt, without a system text
+
+
+class HookedLlava(HookedVLM):
+    """LLaVA with every activation named; see `docs/names.md` for the names.
+
+    Args:
+        cfg: sizes. Weights are noise until they are loaded; `from_pretrained` does both.
+    """
+
+    GLUE: ClassVar[dict[str, str]] = {"projector": "vision", "hook_image_embeds": "vision"}
+
+    cfg: LlavaConfig
+
+    def __init__(self, cfg: LlavaConfig):
+        super().__init__(cfg)
+        self.vision = VisionStack(cfg.vision)
+        self.projector = MLP(
+            cfg.vision.d_model, cfg.text.d_model, cfg.projector_activation, cfg.text.d_model
+        )
+        self.hook_image_embeds = HookPoint()  # [image, image_pos, d_model]
+        self.text = LlamaStack(cfg.text)
+        self.unembed = nn.Linear(cfg.text.d_model, cfg.text.d_vocab, bias=False)
+        if cfg.tied:
+            self.unembed.weight = self.text.embed.weight
+        self.hook_logits = HookPoint()  # [batch, pos, d_vocab]
+        self.requires_grad_(False)
+        self.setup()
+
+    @classmethod
+    def _find_processor(
+        cls, given: Any, own: str | None, cfg: LlavaConfig, download: dict[str, Any]
+    ) -> tuple[Any, LlavaConfig]:
+        return llava_processor.find(given, own, cfg, **download)
+
+    @classmethod
+    def _read_layout(
+        cls,
+        checkpoint: Checkpoint | InMemory,
+        hf_config: Mapping[str, Any] | None,
+        task: str | None,
+        overrides: Mapping[str, Any],
+    ) -> tuple[LlavaConfig, list[Rule]]:
+        return layout.read(checkpoint, hf_config, task, overrides)
+
+    def _write_layout(self) -> tuple[dict[str, Any], list[Rule] | None]:
+        return layout.write(self.cfg)
+
+    # --- the pass
+
+    def forward(
+        self,
+        pixel_values: Float[Tensor, "image 3 height width"] | None = None,
+        input_ids: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        return_type: Literal["logits", "loss"] | None = "logits",
+    ) -> Tensor | None:
+        """Runs the model on texts and the images in them.
+
+        Args:
+            pixel_values: the images of all texts, in order, or those that every text reads; None
+                for texts without an image.
+            input_ids: texts, with as many image tokens as the images have features.
+            attention_mask: 1 for a token, 0 for padding, on either side; all ones by default.
+            return_type: `logits`; `loss` for the mean cross-entropy of the next token over those
+                that are neither padding nor of an image; None for nothing.
+
+        Returns:
+            Logits, [batch, pos, d_vocab].
+
+        Raises:
+            ValueError: inputs that do not fit the model or one another.
+        """
+        logits = self._run(
+            pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask
+        )
+        if return_type == "logits":
+            return logits
+        if return_type is None:
+            return None
+        if return_type != "loss":
+            raise ValueError(f"return_type is 'logits', 'loss' or None, not {return_type!r}")
+        assert input_ids is not None
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        told = mask.bool() & (input_ids != self.cfg.image_token_id)
+        targets = input_ids[:, 1:].masked_fill(~(told[:, 1:] & mask[:, :-1].bool()), -100)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+
+    def _flow(
+        self,
+        flow: Flow,
+        *,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        if input_ids is None:
+            raise ValueError("input_ids is missing: model.prepare(images, text) makes it of texts")
+        self._check_text("input_ids", input_ids, attention_mask)
+        places = input_ids == self.cfg.image_token_id
+        images = self._images_of(places, 0 if pixel_values is None else len(pixel_values))
+        merge = None
+        if pixel_values is not None:
+            flow.stack("vision", pixel_values, after=self._project)
+            merge = Merge("vision", places, images)
+        states = flow.stack(
+            "text", input_ids, mask=self.text.visible(input_ids, attention_mask), merge=merge
+        )
+        return self.hook_logits(self.unembed(states))
+
+    def _project(self, x: Tensor) -> Tensor:
+        first = 1 if self.cfg.feature_strategy == "default" else 0
+        return self.hook_image_embeds(self.projector(x[:, first:]))
+
+    def _images_of(self, places: Tensor, n_images: int) -> list[Tensor]:
+        """For each text the images in it.
+
+        Args:
+            places: [batch, pos], True for an image token.
+            n_images: how many images there are.
+        """
+        tokens, size = places.sum(1), self.cfg.n_image_tokens
+        images = torch.arange(n_images, device=places.device)
+        counts = tokens // size
+        if not (tokens % size).any():
+            if counts.sum() == n_images:
+                return list(images.split(counts.tolist()))
+            if n_images and (counts == n_images).all():
+                return [images] * len(places)
+        raise ValueError(
+            f"the {len(places)} texts of input_ids hold {tokens.tolist()} image tokens "
+            f"({self.cfg.image_token_id}), but there are {n_images} images of {size} features "
+            "each; model.prepare(images, text) puts the right number"
+        )
+
+    def get_image_features(
+        self, pixel_values: Float[Tensor, "image 3 height width"]
+    ) -> Float[Tensor, "image image_pos d_model"]:
+        """What the language model reads of images: the projector's output."""
+        flow = Flow(self.stacks, self._grad_wanted)
+        return flow.stack("vision", pixel_values, after=self._project)
+
+    # --- inputs
+
+    def prepare(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        text: str | Sequence[str] | None = None,
+        *,
+        first_token: Literal["cls", "enc"] = "cls",
+        answer_prefix: str = "",
+    ) -> BatchEncoding:
+        r"""Images and questions to inputs of the model, on its device, by its own processor.
+
+        A text without `<image>` is a question, which the processor's chat template makes a prompt
+        of, or LLaVA-1.5's where it has none: `USER: <image>\n{question} ASSISTANT:`. A text with
+        `<image>` is a prompt already, in which one image stands in place of each.
+
+        Args:
+            images: PIL images or paths: those of all prompts, in order, or those that every prompt
+                reads; one prompt may go with several images, one at a time.
+            text: questions or prompts.
+            first_token: `cls`; the other is BLIP's.
+            answer_prefix: what the answer begins with, as it stands.
+
+        Returns:
+            `pixel_values`, `input_ids`, `attention_mask`, and as attributes `geometry` (one per
+            image) and `first_token`.
+
+        Raises:
+            ValueError: no processor or one that does not fit the model, something that is no
+                image, an empty text, a prompt that is too long, or numbers that do not match.
+        """
+        if text is None:
+            raise ValueError("a LLaVA needs a text: the question")
+        if first_token != "cls":
+            raise ValueError(f"first_token={first_token!r} is BLIP's; a LLaVA has one first token")
+        pictures, processor = open_images(images), self._processor
+        self._check_processor(processor)
+        prompts = [self._prompt(one) + answer_prefix for one in check_texts(text)]
+        counts = [prompt.count(IMAGE) for prompt in prompts]
+        if counts == [1]:
+            prompts, counts = prompts * len(pictures), counts * len(pictures)
+        given = pictures
+        if sum(counts) != len(pictures) and set(counts) == {len(pictures)}:
+            given = pictures * len(prompts)  # the processor wants each prompt's own
+        if sum(counts) != len(given):
+            raise ValueError(
+                f"{len(pictures)} images do not match {sum(counts)} {IMAGE} in {len(prompts)} texts"
+            )
+        encoded = processor(
+            images=given, text=prompts, padding=len(prompts) > 1, return_tensors="pt"
+        )
+        length, limit = encoded["input_ids"].shape[1], self.cfg.text.n_ctx
+        if length > limit:
+            raise ValueError(
+                f"a prompt has {length} tokens, those of its images among them; the model reads "
+                f"{limit}; shorten {max(prompts, key=len)[:60]!r}"
+            )
+        pixels = encoded["pixel_values"][: len(pictures)].to(self.dtype)
+        tokens = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        inputs = BatchEncoding({"pixel_values": pixels, **tokens}).to(self.device)
+        geometry = [
+            Geometry(picture.size, visible(picture.size, processor.image_processor))
+            for picture in pictures
+        ]
+        # Attributes, no entries: `model(**inputs)` must not get them.
+        vars(inputs).update(geometry=geometry, first_token=first_token)
+        return inputs
+
+    def _check_processor(self, processor: Any) -> None:
+        """Refuses a processor that puts another number of image tokens than there are features."""
+        cfg, size = self.cfg, getattr(processor, "patch_size", None)
+        more = getattr(processor, "num_additional_image_tokens", 0)
+        strategy = getattr(processor, "vision_feature_select_strategy", None)
+        if (size, strategy) != (cfg.vision.patch_size, cfg.feature_strategy) or more != 1:
+            raise ValueError(
+                f"the processor has patch_size={size}, vision_feature_select_strategy="
+                f"{strategy!r} and num_additional_image_tokens={more}; for the "
+                f"{cfg.n_image_tokens} features of an image it needs {cfg.vision.patch_size}, "
+                f"{cfg.feature_strategy!r} and 1. Set them on model.processor, or in the "
+                "checkpoint's processor_config.json"
+            )
+
+    def _prompt(self, text: str) -> str:
+        if IMAGE in text:
+            return text
+        if getattr(self.processor, "chat_template", None) is None:
+            return VICUNA.format(question=text)
+        said = [{"type": "image"}, {"type": "text", "text": text}]
+        prompt = self.processor.apply_chat_template(
+            [{"role": "user", "content": said}], add_generation_prompt=True
+        )
+        return str(prompt).removeprefix(self.tokenizer.bos_token or "")  # encoding puts it there
+
+    def token_map(self, inputs: BatchEncoding) -> pd.DataFrame:
+        """What stands at every position of every stack that `prepare` filled.
+
+        Args:
+            inputs: from `prepare`.
+
+        Returns:
+            As for the other models; a position of `text` where a feature of an image stands has
+            its `patch_row`, `patch_column` and box, too, and `image`, the number of the image.
+        """
+        places = inputs["input_ids"] == self.cfg.image_token_id
+        n_ctx, size = self.cfg.vision.n_ctx, self.cfg.n_image_tokens
+        standing = {
+            (row, position): (int(images[index // size]), n_ctx - size + index % size)
+            for row, images in enumerate(self._images_of(places, len(inputs["pixel_values"])))
+            for index, position in enumerate(places[row].nonzero().flatten().tolist())
+        }
+        return token_map(inputs, self.cfg.vision.grid, self.to_str_tokens, self.stacks, standing)

@@ -1,0 +1,257 @@
+"""LLaVAs for the general tests, beside transformers' with the same random weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from zoo import Reference, randomize, same
+from zoo_clip import blocks, patches, standard
+
+from hooked_vlm import HookedLlava
+
+EPS = 1e-5
+
+
+# transformers computes these three in float32 whatever it is given, so a double model of its has
+# the precision of a single one. These compute in what they are given; in float32 they are the same.
+
+
+def _eager(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
+) -> Any:
+    k, v = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (k, v))
+    scores = q @ k.mT * scaling
+    pattern = (scores if mask is None else scores + mask).softmax(-1)
+    return (pattern @ v).transpose(1, 2).contiguous(), pattern
+
+
+def _norm(self: Any, x: Tensor) -> Tensor:
+    return self.weight * rms(x, self.variance_epsilon)
+
+
+def _rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    size, theta = self.config.head_dim, self.config.rope_parameters["rope_theta"]
+    frequencies = 1 / theta ** (torch.arange(0, size, 2, dtype=x.dtype) / size)
+    angles = (position_ids[..., None].to(x.dtype) * frequencies).repeat(1, 1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rms(x: Tensor, eps: float = EPS) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+PATCHES = []  # what is replaced: its owner, its name, and what it was
+for modeling, name in ((modeling_llama, "Llama"), (modeling_mistral, "Mistral")):
+    for owner, attribute, ours in (
+        (modeling, "eager_attention_forward", _eager),
+        (getattr(modeling, f"{name}RMSNorm"), "forward", _norm),
+        (getattr(modeling, f"{name}RotaryEmbedding"), "forward", _rotary),
+    ):
+        PATCHES.append((owner, attribute, getattr(owner, attribute)))
+        setattr(owner, attribute, ours)
+
+
+@dataclass(frozen=True)
+class LlavaMember:
+    """One LLaVA of the zoo.
+
+    Attributes:
+        vision: width, layers and heads of the image encoder, the unread layers included.
+        text: width, layers, heads, heads of keys and values, and width of a head.
+        language: `llama` or `mistral`.
+        window: how many positions a query sees, of a `mistral`.
+        layer: which entry of the hidden states is read.
+        strategy: `default` or `full`.
+        left: whether padding stands on the left.
+    """
+
+    vision: tuple[int, int, int] = (12, 3, 3)
+    text: tuple[int, int, int, int, int] = (16, 2, 2, 2, 8)
+    language: str = "llama"
+    window: int | None = None
+    layer: int = -2
+    strategy: str = "default"
+    left: bool = True
+    image: int = 16
+    patch: int = 8
+    vocab: int = 37
+    tied: bool = False
+
+    task = "llava"
+
+    def __str__(self) -> str:
+        sizes = ("x".join(map(str, part)) for part in (self.vision, self.text))
+        side = "left" if self.left else "right"
+        rest = (self.language, self.window, self.layer, self.strategy, side)
+        return "-".join(["llava", *sizes, *map(str, rest)])
+
+    @property
+    def image_token(self) -> int:
+        return self.vocab - 1
+
+    @property
+    def size(self) -> int:
+        """Tokens of an image."""
+        return (self.image // self.patch) ** 2 + (self.strategy == "full")
+
+    @property
+    def reads(self) -> int:
+        """Blocks of the image encoder that run."""
+        return self.layer if self.layer >= 0 else self.vision[1] + 1 + self.layer
+
+    def reference(self) -> Any:
+        """A transformers LLaVA with random weights."""
+        (dv, lv, hv), (dt, lt, ht, kv, d_head) = self.vision, self.text
+        text = {
+            "model_type": self.language,
+            "hidden_size": dt,
+            "num_hidden_layers": lt,
+            "num_attention_heads": ht,
+            "num_key_value_heads": kv,
+            "head_dim": d_head,
+            "intermediate_size": 3 * dt,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": 64,
+            "rms_norm_eps": EPS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+            "pad_token_id": 0,
+        }
+        if self.language == "mistral":
+            text["sliding_window"] = self.window
+        config = transformers.LlavaConfig(
+            vision_config={
+                "model_type": "clip_vision_model",
+                "hidden_size": dv,
+                "num_hidden_layers": lv,
+                "num_attention_heads": hv,
+                "intermediate_size": 3 * dv,
+                "image_size": self.image,
+                "patch_size": self.patch,
+            },
+            text_config=text,
+            image_token_index=self.image_token,
+            vision_feature_layer=self.layer,
+            vision_feature_select_strategy=self.strategy,
+            image_seq_length=self.size,
+            tie_word_embeddings=self.tied,
+            attn_implementation="eager",
+        )
+        model = transformers.LlavaForConditionalGeneration(config).eval()
+        randomize(model, None)
+        return model
+
+    def pair(self, dtype: torch.dtype = torch.float64) -> tuple[Any, HookedLlava]:
+        """The reference and ours, of the same weights."""
+        theirs = self.reference().to(dtype)
+        return theirs, HookedLlava.from_hf(theirs)
+
+    def model(self, dtype: torch.dtype = torch.float64) -> HookedLlava:
+        """Ours alone."""
+        return self.pair(dtype)[1]
+
+    def inputs(
+        self,
+        rows: int = 3,
+        images: int | None = None,
+        padded: bool = True,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+        counts: tuple[int, ...] | None = None,
+    ) -> dict[str, Tensor]:
+        """A batch of `rows` texts, of unequal lengths where `padded`.
+
+        Each has an image of its own, or all have one (`images=1`), or each as many as `counts`.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        each = counts or (1,) * rows
+        shape = (images or sum(each), 3, self.image, self.image)
+        pixels = torch.randn(shape, generator=generator).to(dtype)
+        texts = []
+        for row, count in enumerate(each):
+            length = 4 - row % 3 if padded else 3
+            words = torch.randint(3, self.image_token, (2, length), generator=generator)
+            block = torch.full((self.size,), self.image_token)
+            parts = [words[0, :1], *[block] * min(count, 1), words[1], *[block] * (count - 1)]
+            texts.append(torch.cat(parts))
+        longest = max(map(len, texts))
+        ids = torch.zeros(len(each), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            where = slice(longest - len(text), None) if self.left else slice(len(text))
+            ids[row, where], mask[row, where] = text, 1
+        inputs = {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask}
+        return inputs if len(pixels) else {k: v for k, v in inputs.items() if k != "pixel_values"}
+
+    def chosen(self, inputs: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
+        """Some rows of the inputs, with their images, of which one may serve all."""
+        ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+        counts = (ids == self.image_token).sum(1) // self.size
+        found = {k: v[rows] for k, v in inputs.items() if k != "pixel_values"}
+        if len(pixels) != counts.sum():
+            return found | {"pixel_values": pixels}
+        parts = pixels.split(counts.tolist())
+        pixels = torch.cat([parts[row] for row in rows])
+        return found | {"pixel_values": pixels} if len(pixels) else found
+
+    def table(self) -> dict[str, Reference]:
+        """For each of our hook names the tensor of the reference that it must equal."""
+        vision, text = "model.vision_tower", "model.language_model"
+        projector = "model.multi_modal_projector"
+        rows: dict[str, Reference] = {
+            "vision.ln_pre.hook_normalized": (f"{vision}.pre_layrnorm", "in", standard),
+            "vision.hook_embed": (f"{vision}.embeddings.patch_embedding", "out", patches),
+            **blocks("vision", vision, self.reads),
+            "projector.hook_pre": (f"{projector}.linear_1", "out", same),
+            "projector.hook_post": (f"{projector}.linear_2", "in", same),
+            "hook_image_embeds": (projector, "out", same),
+            "text.hook_embed": (f"{text}.layers.0", "in", same),
+            "text.ln_final.hook_normalized": (f"{text}.norm", "in", rms),
+            "hook_logits": ("lm_head", "out", same),
+        }
+        for layer in range(self.text[1]):
+            ours, theirs = f"text.blocks.{layer}", f"{text}.layers.{layer}"
+            attn, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
+            ln1, ln2 = f"{theirs}.input_layernorm", f"{theirs}.post_attention_layernorm"
+            rows |= {
+                f"{ours}.hook_resid_pre": (theirs, "in", same),
+                f"{ours}.ln1.hook_normalized": (ln1, "in", rms),
+                f"{ours}.attn.hook_q_in": (ln1, "out", same),
+                f"{ours}.attn.hook_kv_in": (ln1, "out", same),
+                **{
+                    f"{ours}.attn.hook_{name}": (f"{attn}.{name}_proj", "out", same)
+                    for name in "qkv"
+                },
+                f"{ours}.attn.hook_pattern": (attn, "probs", same),
+                f"{ours}.attn.hook_z": (f"{attn}.o_proj", "in", same),
+                f"{ours}.hook_attn_out": (f"{attn}.o_proj", "out", same),
+                f"{ours}.hook_resid_mid": (ln2, "in", same),
+                f"{ours}.hook_mlp_in": (ln2, "in", same),
+                f"{ours}.ln2.hook_normalized": (ln2, "in", rms),
+                f"{ours}.mlp.hook_pre": (f"{mlp}.gate_proj", "out", same),
+                f"{ours}.mlp.hook_pre_linear": (f"{mlp}.up_proj", "out", same),
+                f"{ours}.mlp.hook_post": (f"{mlp}.down_proj", "in", same),
+                f"{ours}.hook_mlp_out": (f"{mlp}.down_proj", "out", same),
+                f"{ours}.hook_resid_post": (theirs, "out", same),
+            }
+        return rows
+
+
+LLAMA = LlavaMember()
+# Grouped queries whose heads are no share of the width, a window shorter than the text.
+MISTRAL = LlavaMember((15, 2, 3), (12, 2, 4, 2, 6), "mistral", window=6, layer=-1, left=False)
+LLAVA = [LLAMA, MISTRAL]  # what the general tests run on
+# Further shapes, for parity with the reference.
+LLAVA_PARITY = [
+    LLAMA,
+    MISTRAL,
+    LlavaMember(left=False, strategy="full", layer=1, patch=4, vocab=50),
+    LlavaMember((16, 4, 2), (24, 3, 6, 2, 4), layer=-3, tied=True),
+    LlavaMember((15, 2, 3), (12, 3, 4, 1, 6), "mistral", window=5, strategy="full"),
+    LlavaMember((15, 3, 3), (12, 1, 4, 4, 4), "mistral", window=None),
+]
