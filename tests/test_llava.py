@@ -14,7 +14,7 @@ from zoo_llava import LLAMA, LLAVA_PARITY, MISTRAL, LlavaMember
 
 from hooked_vlm import HookedCLIP, HookedLlava, HookedVLM, checking
 from hooked_vlm.config import LlamaConfig
-from weights_conversion import ConversionError
+from weights_conversion import ConversionError, InMemory, llava, plan
 
 each = pytest.mark.parametrize("member", [LLAMA, MISTRAL], ids=str)
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "USER", ":", "ASSISTANT", "what", "is", "it", "?", "red"]
@@ -273,6 +273,20 @@ def test_every_layout_is_read(member, layout, tmp_path):
     assert isinstance(opened, HookedLlava) and opened.cfg == ours.cfg
     for (name, a), (_, b) in zip(opened.named_parameters(), ours.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_the_released_size_has_a_place_for_every_tensor():
+    text = transformers.LlamaConfig(hidden_size=4096, vocab_size=32064)
+    with torch.device("meta"):
+        theirs = transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(text_config=text)
+        )
+        state = InMemory(theirs.state_dict())
+        cfg, rules = llava.read(state, theirs.config.to_dict(), None, {})
+        ours = HookedLlava(cfg)
+    shapes = {name: tuple(p.shape) for name, p in ours.named_parameters()}
+    assert len(plan(state.shapes, rules, shapes)) == len(state.shapes) == 686
+    assert (cfg.vision.n_layers, cfg.vision.n_unread, cfg.n_image_tokens) == (23, 1, 576)
 
 
 @pytest.mark.parametrize("member", LLAVA_PARITY, ids=str)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from zoo import Recorder, error
-from zoo_llava import LLAVA_PARITY, PATCHES, rms
+from zoo_llava import LLAVA_PARITY, LONG, PATCHES, rms
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 # Points that no module of the reference gives, or whose gradient is of another tensor there.
@@ -108,6 +108,18 @@ def test_the_reference_of_single_precision_is_transformers_itself(member, monkey
         assert error(logits, theirs(**inputs).logits[mask]) < 1e-5
         theirs.set_attn_implementation("sdpa")
         assert error(logits, theirs(**inputs).logits[mask]) < 1e-5
+
+
+@pytest.mark.parametrize("member", LONG, ids=str)
+def test_prompts_of_the_released_length(member, monkeypatch):
+    """576 tokens an image, in single precision, against transformers itself."""
+    for owner, name, theirs in PATCHES:
+        monkeypatch.setattr(owner, name, theirs)
+    theirs, ours = member.pair(torch.float32)
+    inputs = member.inputs(2, dtype=torch.float32)
+    mask = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        assert error(ours(**inputs)[mask], theirs(**inputs).logits[mask]) < 1e-5
 
 
 def test_far_positions_are_turned_as_far(monkeypatch):

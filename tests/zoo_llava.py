@@ -255,3 +255,8 @@ LLAVA_PARITY = [
     LlavaMember((15, 2, 3), (12, 3, 4, 1, 6), "mistral", window=5, strategy="full"),
     LlavaMember((15, 3, 3), (12, 1, 4, 4, 4), "mistral", window=None),
 ]
+# As many image tokens as in LLaVA-1.5.
+LONG = [
+    LlavaMember((16, 2, 2), (64, 2, 8, 8, 8), image=336, patch=14),
+    LlavaMember((16, 2, 2), (64, 2, 8, 2, 8), "mistral", window=400, image=336, patch=14),
+]
