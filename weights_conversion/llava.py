@@ -33,7 +33,7 @@ def read(
     Raises:
         ConversionError: no LLaVA that can be opened.
     """
-    families.expect("llava", checkpoint.shapes, hf_config)
+    families.expect("llava", checkpoint.shapes, hf_config, overrides)
     families.ask(task, ["llava"])
     if hf_config is None:
         where = ", ".join(map(str, checkpoint.files))
@@ -41,8 +41,6 @@ def read(
             f"{where} holds tensors without the config.json that tells their sizes; name the "
             "folder that holds both"
         )
-    if overrides:
-        raise ConversionError("config= is for bare files; this checkpoint has a config.json")
     try:
         full = transformers.LlavaConfig.from_dict(dict(hf_config)).to_dict()
         cfg = llava_hf.config(full)
