@@ -35,8 +35,7 @@ from weights_conversion.rules import Rule
 if TYPE_CHECKING:
     import pandas as pd
 
-IMAGE = "<image>"
-VICUNA = "USER: <image>\n{question} ASSISTANT:"  # LLaVA-1.5's prompt, without a system text
+VICUNA = "USER: {image}\n{question} ASSISTANT:"  # LLaVA-1.5's prompt, without a system text
 
 
 class HookedLlava(HookedVLM):
@@ -216,7 +215,8 @@ class HookedLlava(HookedVLM):
         pictures, processor = open_images(images), self._processor
         self._check_processor(processor)
         prompts = [self._prompt(one) + answer_prefix for one in check_texts(text)]
-        counts = [prompt.count(IMAGE) for prompt in prompts]
+        image = processor.image_token
+        counts = [prompt.count(image) for prompt in prompts]
         if counts == [1]:
             prompts, counts = prompts * len(pictures), counts * len(pictures)
         given = pictures
@@ -224,7 +224,7 @@ class HookedLlava(HookedVLM):
             given = pictures * len(prompts)  # the processor wants each prompt's own
         if sum(counts) != len(given):
             raise ValueError(
-                f"{len(pictures)} images do not match {sum(counts)} {IMAGE} in {len(prompts)} texts"
+                f"{len(pictures)} images do not match {sum(counts)} {image} in {len(prompts)} texts"
             )
         encoded = processor(
             images=given, text=prompts, padding=len(prompts) > 1, return_tensors="pt"
@@ -261,10 +261,11 @@ class HookedLlava(HookedVLM):
             )
 
     def _prompt(self, text: str) -> str:
-        if IMAGE in text:
+        image = self.processor.image_token
+        if image in text:
             return text
         if getattr(self.processor, "chat_template", None) is None:
-            return VICUNA.format(question=text)
+            return VICUNA.format(image=image, question=text)
         said = [{"type": "image"}, {"type": "text", "text": text}]
         prompt = self.processor.apply_chat_template(
             [{"role": "user", "content": said}], add_generation_prompt=True
