@@ -68,7 +68,7 @@ LLAVA: Exposed = [
 
 def reference(model: HookedVLM, name: str, revision: str | None) -> Any:
     """The same weights in transformers; of a file that it cannot read, as we save them."""
-    config, _ = model._write_layout()
+    config, _ = model.LAYOUT.write(model.cfg)
     if "architectures" not in config:
         raise ValueError(
             f"transformers has no class for {name!r} ({config['model_type']}): there is nothing to "

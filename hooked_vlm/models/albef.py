@@ -5,7 +5,7 @@ Source: Li et al., Align before Fuse (arXiv 2107.07651), sec. 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal, NamedTuple
@@ -25,9 +25,7 @@ from hooked_vlm.config import ALBEFConfig
 from hooked_vlm.models.flow import Flow, Span
 from hooked_vlm.models.fused import FusedVLM
 from hooked_vlm.models.inputs import ImageLike, check_texts, pre_caption
-from weights_conversion import Checkpoint, InMemory, processors
 from weights_conversion import albef as layout
-from weights_conversion.rules import Rule
 
 Mode = Literal["text", "fusion", "multi_modal"]
 
@@ -51,6 +49,7 @@ class HookedALBEF(FusedVLM):
         cfg: sizes and task. Weights are noise until they are loaded; `from_pretrained` does both.
     """
 
+    LAYOUT = layout
     WRITERS = ("vqa",)
 
     cfg: ALBEFConfig
@@ -77,25 +76,6 @@ class HookedALBEF(FusedVLM):
         self.hook_logits = HookPoint()  # [batch, classes] or [batch, pos, d_vocab]
         self.requires_grad_(False)
         self.setup()
-
-    @classmethod
-    def _find_processor(
-        cls, given: Any, own: str | None, cfg: ALBEFConfig, download: dict[str, Any]
-    ) -> tuple[Any, ALBEFConfig]:
-        return processors.find(given, own, cfg, **download)
-
-    @classmethod
-    def _read_layout(
-        cls,
-        checkpoint: Checkpoint | InMemory,
-        hf_config: Mapping[str, Any] | None,
-        task: str | None,
-        overrides: Mapping[str, Any],
-    ) -> tuple[ALBEFConfig, list[Rule]]:
-        return layout.read(checkpoint, hf_config, task, overrides)
-
-    def _write_layout(self) -> tuple[dict[str, Any], list[Rule] | None]:
-        return layout.write(self.cfg)
 
     # --- the pass
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -27,7 +28,6 @@ from hooked_vlm.models.loading import assign
 from hooked_vlm.models.resumable import ResumableModel
 from weights_conversion import Checkpoint, ConversionError, InMemory, families, revert
 from weights_conversion.files import read_json, save
-from weights_conversion.rules import Rule
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +41,8 @@ class HookedVLM(ResumableModel):
     A subclass says what its stacks are, in the order in which they run, and how one forward pass
     goes through them (`_flow`). Everything here follows from that.
     """
+
+    LAYOUT: ModuleType  # its module in weights_conversion: read, write, find_processor
 
     cfg: Any
     processor: Any = None
@@ -107,8 +109,8 @@ class HookedVLM(ResumableModel):
         download["revision"] = located.revision
         hf_config = None if located.config is None else read_json(located.config)
         kind = cls._kind(checkpoint.shapes, hf_config)
-        cfg, rules = kind._read_layout(checkpoint, hf_config, task, config or {})
-        processor, cfg = kind._find_processor(processor, located.processor, cfg, download)
+        cfg, rules = kind.LAYOUT.read(checkpoint, hf_config, task, config or {})
+        processor, cfg = kind.LAYOUT.find_processor(processor, located.processor, cfg, **download)
         with torch.device("meta"):
             model = kind(cfg)
         assign(model, checkpoint, rules, dtype, device)
@@ -129,7 +131,7 @@ class HookedVLM(ResumableModel):
         """
         state, hf_config = hf_model.state_dict(), hf_model.config.to_dict()
         kind = cls._kind(state, hf_config)
-        cfg, rules = kind._read_layout(InMemory(state), hf_config, None, {})
+        cfg, rules = kind.LAYOUT.read(InMemory(state), hf_config, None, {})
         with torch.device("meta"):
             model = kind(cfg)
         assign(model, InMemory(state), rules, None, None)
@@ -146,7 +148,7 @@ class HookedVLM(ResumableModel):
         Args:
             folder: where to.
         """
-        config, rules = self._write_layout()
+        config, rules = self.LAYOUT.write(self.cfg)
         state = dict(self.named_parameters())
         save(folder, state if rules is None else revert(state, rules), config, self.processor)
 
@@ -164,25 +166,6 @@ class HookedVLM(ResumableModel):
         module = importlib.import_module(f"hooked_vlm.models.{family}")
         found: type[Model] = getattr(module, families.CLASSES[family])
         return found
-
-    @classmethod
-    def _find_processor(
-        cls, given: Any, own: str | None, cfg: Any, download: dict[str, Any]
-    ) -> tuple[Any, Any]:
-        raise NotImplementedError
-
-    @classmethod
-    def _read_layout(
-        cls,
-        checkpoint: Checkpoint | InMemory,
-        hf_config: Mapping[str, Any] | None,
-        task: str | None,
-        overrides: Mapping[str, Any],
-    ) -> tuple[Any, list[Rule]]:
-        raise NotImplementedError
-
-    def _write_layout(self) -> tuple[dict[str, Any], list[Rule] | None]:
-        raise NotImplementedError
 
     # --- inputs and texts
 

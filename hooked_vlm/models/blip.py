@@ -5,8 +5,8 @@ Source: Li et al., BLIP (arXiv 2201.12086), sec. 3.1 and fig. 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ from hooked_vlm.config import BLIPConfig
 from hooked_vlm.models.flow import Flow
 from hooked_vlm.models.fused import FusedVLM
 from hooked_vlm.models.inputs import ImageLike
-from weights_conversion import Checkpoint, InMemory, processors
 from weights_conversion import blip as layout
-from weights_conversion.rules import Rule
 
 
 class HookedBLIP(FusedVLM):
@@ -30,6 +28,7 @@ class HookedBLIP(FusedVLM):
         cfg: sizes and task. Weights are noise until they are loaded; `from_pretrained` does both.
     """
 
+    LAYOUT = layout
     WRITERS = ("captioning", "vqa")
 
     def __init__(self, cfg: BLIPConfig):
@@ -47,25 +46,6 @@ class HookedBLIP(FusedVLM):
         self.hook_logits = HookPoint()  # [batch, 2] or [batch, pos, d_vocab]
         self.requires_grad_(False)
         self.setup()
-
-    @classmethod
-    def _find_processor(
-        cls, given: Any, own: str | None, cfg: BLIPConfig, download: dict[str, Any]
-    ) -> tuple[Any, BLIPConfig]:
-        return processors.find(given, own, cfg, **download)
-
-    @classmethod
-    def _read_layout(
-        cls,
-        checkpoint: Checkpoint | InMemory,
-        hf_config: Mapping[str, Any] | None,
-        task: str | None,
-        overrides: Mapping[str, Any],
-    ) -> tuple[BLIPConfig, list[Rule]]:
-        return layout.read(checkpoint, hf_config, task, overrides)
-
-    def _write_layout(self) -> tuple[dict[str, Any], list[Rule] | None]:
-        return layout.write(self.cfg)
 
     def forward(
         self,

@@ -5,8 +5,7 @@ Source: Radford et al., CLIP (arXiv 2103.00020), sec. 2.3 to 2.5 and fig. 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -19,9 +18,7 @@ from hooked_vlm.components.stack import PreNormTextStack, VisionStack
 from hooked_vlm.config import CLIPConfig, ResNetConfig
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.flow import Flow
-from weights_conversion import Checkpoint, InMemory, clip_processor
 from weights_conversion import clip as layout
-from weights_conversion.rules import Rule
 
 HIGHEST_ID = 2  # an end-of-text id in old configurations that stands for 'the highest id'
 
@@ -36,6 +33,7 @@ class HookedCLIP(HookedVLM):
         cfg: sizes. Weights are noise until they are loaded; `from_pretrained` does both.
     """
 
+    LAYOUT = layout
     GLUE: ClassVar[dict[str, str]] = {"hook_image_embeds": "vision", "hook_text_embeds": "text"}
 
     def __init__(self, cfg: CLIPConfig):
@@ -54,25 +52,6 @@ class HookedCLIP(HookedVLM):
         self.hook_logits = HookPoint()  # [image, text]
         self.requires_grad_(False)
         self.setup()
-
-    @classmethod
-    def _find_processor(
-        cls, given: Any, own: str | None, cfg: CLIPConfig, download: dict[str, Any]
-    ) -> tuple[Any, CLIPConfig]:
-        return clip_processor.find(given, own, cfg, **download)
-
-    @classmethod
-    def _read_layout(
-        cls,
-        checkpoint: Checkpoint | InMemory,
-        hf_config: Mapping[str, Any] | None,
-        task: str | None,
-        overrides: Mapping[str, Any],
-    ) -> tuple[CLIPConfig, list[Rule]]:
-        return layout.read(checkpoint, hf_config, task, overrides)
-
-    def _write_layout(self) -> tuple[dict[str, Any], list[Rule] | None]:
-        return layout.write(self.cfg)
 
     def forward(
         self,

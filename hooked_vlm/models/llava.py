@@ -5,7 +5,7 @@ Source: Liu et al., LLaVA (arXiv 2304.08485), sec. 4.1, and LLaVA-1.5 (arXiv 231
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -28,9 +28,7 @@ from hooked_vlm.models.inputs import (
     token_map,
     visible,
 )
-from weights_conversion import Checkpoint, InMemory, llava_processor
 from weights_conversion import llava as layout
-from weights_conversion.rules import Rule
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +43,7 @@ class HookedLlava(HookedVLM):
         cfg: sizes. Weights are noise until they are loaded; `from_pretrained` does both.
     """
 
+    LAYOUT = layout
     GLUE: ClassVar[dict[str, str]] = {"projector": "vision", "hook_image_embeds": "vision"}
 
     cfg: LlavaConfig
@@ -63,25 +62,6 @@ class HookedLlava(HookedVLM):
         self.hook_logits = HookPoint()  # [batch, pos, d_vocab]
         self.requires_grad_(False)
         self.setup()
-
-    @classmethod
-    def _find_processor(
-        cls, given: Any, own: str | None, cfg: LlavaConfig, download: dict[str, Any]
-    ) -> tuple[Any, LlavaConfig]:
-        return llava_processor.find(given, own, cfg, **download)
-
-    @classmethod
-    def _read_layout(
-        cls,
-        checkpoint: Checkpoint | InMemory,
-        hf_config: Mapping[str, Any] | None,
-        task: str | None,
-        overrides: Mapping[str, Any],
-    ) -> tuple[LlavaConfig, list[Rule]]:
-        return layout.read(checkpoint, hf_config, task, overrides)
-
-    def _write_layout(self) -> tuple[dict[str, Any], list[Rule] | None]:
-        return layout.write(self.cfg)
 
     # --- the pass
 
