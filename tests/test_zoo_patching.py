@@ -7,6 +7,7 @@ import torch
 from whole_zoo import FUSED, ZOO
 from zoo import error
 from zoo_clip import CLIP
+from zoo_llava import LLAVA
 
 from hooked_vlm import patching as P
 
@@ -82,5 +83,23 @@ def test_images_of_a_clip(member):
         P.activation_patching(model, (clean, other), names, mean_logit, progress=False)
 
 
+@pytest.mark.parametrize("member", LLAVA, ids=str)
+def test_a_language_model_that_reads_images(member):
+    model = built(member)
+    clean, corrupt = (member.inputs(1, padded=False, seed=seed) for seed in (0, 1))
+    names = [
+        "text.blocks.*.attn.heads.1.hook_z",
+        "text.blocks.0.attn.heads.0.hook_k",
+        "vision.blocks.0.attn.heads.1.hook_z",
+        "hook_image_embeds",
+        "text.hook_embed",
+    ]
+    result = P.activation_patching(model, (clean, corrupt), names, mean_logit, progress=False)
+    expected = torch.cat([loop(member, clean, corrupt, site) for site in result.sites])
+    assert error(torch.from_numpy(result.data.values.flatten()), expected) < 1e-10
+    assert (expected - result.corrupt.item()).abs().min() > 1e-9
+
+
 def test_the_zoo_is_whole():
-    assert len({str(member) for member in ZOO}) == len(ZOO) == len(FUSED) + len(CLIP)
+    assert len({str(member) for member in ZOO}) == len(ZOO)
+    assert {*FUSED, *CLIP, *LLAVA} == set(ZOO)
