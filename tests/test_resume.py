@@ -10,6 +10,7 @@ from whole_zoo import FUSED, ZOO
 from zoo import BLIP, error
 
 from hooked_vlm import HookedVLM
+from hooked_vlm.models.names import Site
 
 ITM, CAPTIONING, VQA = BLIP
 EXACT = 1e-10
@@ -270,3 +271,130 @@ def test_any_sites_and_rows(data):
     base = model.base_run(**inputs)
     rows = data.draw(st.lists(st.integers(0, len(base.logits) - 1), min_size=1, max_size=5))
     check(member, inputs, base, names, rows)
+
+
+# --- by position, in a causal stack
+
+CAUSAL = [
+    BLIP[1],
+    VQA,
+    *(m for m in ZOO if m.task == "llava" or (m not in BLIP and m.task == "vqa")),
+]
+each_causal = pytest.mark.parametrize("member", CAUSAL, ids=str)
+
+
+def causal_stack(member):
+    return list(built(member).stacks)[-1]
+
+
+def at_position(position, reach=None):
+    """Writes at one position, whichever positions the pass shows."""
+
+    def write(x, hook):
+        told = hook.ctx.get("positions")
+        begin = 0 if told is None else int(told[0])
+        if reach is not None:
+            reach.append((hook.name, begin, x.shape[hook.pos_dim]))
+        there = x.select(hook.pos_dim, position - begin)
+        noise = torch.randn(there.shape[1:], generator=torch.Generator().manual_seed(1))
+        there += noise.to(x).abs() * (1 + there.flatten(1).clamp(-9, 9).mean(1).cos()).view(
+            -1, *[1] * (there.dim() - 1)
+        )
+        return x
+
+    return write
+
+
+@each_causal
+def test_every_point_of_a_causal_stack_resumes_at_its_position(member):
+    model, inputs, stack = built(member), member.inputs(3), causal_stack(member)
+    base = model.base_run(**inputs)
+    length = next(iter(base.stacks[stack].own.values()))[0].shape[1]
+    for name in model.hook_dict.match([f"{stack}.*", f"{stack}.blocks.*.heads.*", "hook_logits"]):
+        if ".heads.0." in name or name.startswith(f"{stack}.hook_pos_embed"):
+            continue
+        for position in (1, length - 1, -2):
+            of_source = "cross_attn" in name and name.endswith(("_k", "_v", "kv_in"))
+            if of_source and position < 0:
+                continue
+            hooks = [(name, at_position(position % length))]
+            site = Site(name, position=position)
+            resumed = model.resume(base, site, rows=[2, 0, 2], fwd_hooks=hooks)
+            naive = model.run_with_hooks(**member.chosen(inputs, [2, 0, 2]), fwd_hooks=hooks)
+            assert error(resumed, naive) < EXACT, (name, position)
+    assert model.list_hooks() == {}
+
+
+@each_causal
+def test_nothing_before_the_position_is_computed(member):
+    model, stack = built(member), causal_stack(member)
+    inputs = member.inputs(3)
+    base = model.base_run(**inputs, logits_to_keep=1)
+    length = next(iter(base.stacks[stack].own.values()))[0].shape[1]
+    assert base.logits.shape[1] == 1
+    site = Site(f"{stack}.blocks.0.attn.heads.1.hook_z", position=2)
+    seen, computed = [], []
+    other = f"{stack}.blocks.{len(model.stacks[stack].blocks) - 1}.hook_resid_post"
+    hooks = [(site.name, at_position(2, seen)), (other, at_position(length - 1, seen))]
+    handles = [
+        module.register_forward_hook(lambda _, args, __: computed.append(tuple(args[0].shape[:2])))
+        for name, module in model.named_modules()
+        if name.endswith(("mlp.fc_in", "attn.k", "patch"))
+    ]
+    rows = [1, 1, 0, 2, 2]
+    resumed = model.resume(base, [site, Site(other, position=-1)], rows=rows, fwd_hooks=hooks)
+    for handle in handles:
+        handle.remove()
+    assert set(computed) == {(5, length - 2)}
+    assert seen == [(site.name, 2, length - 2), (other, 2, length - 2)]
+    assert "positions" not in model.hook_dict[other].ctx
+    naive = model.run_with_hooks(**member.chosen(inputs, rows), fwd_hooks=hooks)[:, -1:]
+    assert resumed.shape == naive.shape and error(resumed, naive) < EXACT
+    # Nobody listens behind the site: the last block computes what is read.
+    computed.clear()
+    last = model.stacks[stack].blocks[-1].mlp.fc_in
+    several = len(model.stacks[stack].blocks) > 1
+    handle = last.register_forward_hook(lambda _, args, __: computed.append(args[0].shape[1]))
+    assert error(model.resume(base, site), base.logits) < EXACT
+    handle.remove()
+    assert computed == [1 if several else length - 2]  # the site's own block runs whole
+    for wrong in (length, -length - 1):
+        with pytest.raises(ValueError, match=f"no position {wrong}: '{stack}' has {length}"):
+            model.resume(base, Site(site.name, position=wrong))
+
+
+@each_causal
+def test_gradients_of_a_pass_resumed_at_a_position(member):
+    model, inputs, stack = built(member), member.inputs(3), causal_stack(member)
+    names = [f"{stack}.blocks.0.attn.hook_z", f"{stack}.blocks.0.hook_mlp_out"]
+    _, cache = model.run_with_cache(
+        **inputs, names_filter=names, incl_bwd=True, metric=lambda x: x[:, -1].square().sum()
+    )
+    base, seen = model.base_run(**inputs, logits_to_keep=1), {}
+    sites = [Site(name, position=1) for name in names]
+    keep = [(names, lambda grad, hook: seen.update({hook.name: grad.clone()}))]
+    logits = model.resume(base, sites, bwd_hooks=keep, reset_hooks_end=False)
+    logits.square().sum().backward()
+    model.reset_hooks()
+    for name in names:
+        assert error(seen[name], cache[f"{name}_grad"][:, 1:], 0.0) < 1e-9, name
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_random_positions_and_sites_together(data):
+    member = data.draw(st.sampled_from(CAUSAL))
+    model, stack = built(member), causal_stack(member)
+    inputs = member.inputs(3, seed=data.draw(st.integers(0, 3)))
+    base = model.base_run(**inputs)
+    length = next(iter(base.stacks[stack].own.values()))[0].shape[1]
+    names = model.hook_dict.match([f"{stack}.blocks.*", f"{stack}.blocks.*.heads.*"])
+    points = [name for name in names if "cross_attn" not in name]
+    chosen = data.draw(st.lists(st.sampled_from(points), min_size=1, max_size=3, unique=True))
+    at = [data.draw(st.integers(0, length - 1)) for _ in chosen]
+    rows = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=4))
+    hooks = [(name, at_position(p)) for name, p in zip(chosen, at, strict=True)]
+    sites = [Site(name, position=p) for name, p in zip(chosen, at, strict=True)]
+    resumed = model.resume(base, sites, rows=rows, fwd_hooks=hooks)
+    naive = model.run_with_hooks(**member.chosen(inputs, rows), fwd_hooks=hooks)
+    assert error(resumed, naive) < EXACT

@@ -23,7 +23,7 @@ def mean_logit(logits):
     return flat @ torch.arange(1, 1 + flat.shape[1]).to(flat) / flat.shape[1]
 
 
-def loop(member, clean, corrupt, site):
+def loop(member, clean, corrupt, site, metric=mean_logit):
     """The metric of a full pass on the corrupt inputs with the clean activation written in."""
     model = built(member)
     _, cache = model.run_with_cache(**clean, names_filter=site.name)
@@ -35,7 +35,7 @@ def loop(member, clean, corrupt, site):
         x[at] = cache[site.name][at]
         return x
 
-    return mean_logit(model.run_with_hooks(**corrupt, fwd_hooks=[(site.name, write)]))
+    return metric(model.run_with_hooks(**corrupt, fwd_hooks=[(site.name, write)]))
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
@@ -98,6 +98,32 @@ def test_a_language_model_that_reads_images(member):
     expected = torch.cat([loop(member, clean, corrupt, site) for site in result.sites])
     assert error(torch.from_numpy(result.data.values.flatten()), expected) < 1e-10
     assert (expected - result.corrupt.item()).abs().min() > 1e-9
+
+
+@pytest.mark.parametrize("metric", [P.logit_diff(3, 4), mean_logit], ids=["last", "all"])
+@pytest.mark.parametrize("member", LLAVA, ids=str)
+def test_positions_of_a_language_model(member, metric):
+    """Each resumes at its own position; a metric of the last logits alone asks for no others."""
+    model = built(member)
+    clean, corrupt = (member.inputs(1, padded=False, seed=seed) for seed in (0, 1))
+    length = clean["input_ids"].shape[1]
+    names = [
+        "text.blocks.*.attn.heads.*.hook_z",
+        "text.blocks.1.attn.hook_v",
+        "text.blocks.0.hook_resid_post",
+        "text.hook_embed",
+        "text.ln_final.hook_normalized",
+        "vision.blocks.0.hook_mlp_out",
+    ]
+    sites = model.sites(names, positions=[1, 3, -1])
+    sites += model.sites("text.blocks.0.mlp.hook_post", positions=range(length))
+    result = P.activation_patching(model, (clean, corrupt), sites, metric, progress=False)
+    expected = torch.cat([loop(member, clean, corrupt, site, metric) for site in result.sites])
+    assert error(torch.from_numpy(result.data.values.flatten()), expected) < 1e-10
+    moved = (expected - result.corrupt.item()).abs() > 1e-9
+    assert moved.sum() > len(sites) / 2
+    same = P.activation_patching(model, (clean, clean), sites, metric, progress=False)
+    assert abs(same.data - same.clean).max() < 1e-12
 
 
 def test_the_zoo_is_whole():

@@ -152,7 +152,7 @@ def shard_names(index: Path) -> list[str]:
 
 
 def save(
-    folder: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], processor: Any
+    folder: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *beside: Any
 ) -> None:
     """Writes a checkpoint's folder; nothing of it appears before all of it is on the disk.
 
@@ -160,7 +160,7 @@ def save(
         folder: where to; files of the same names are replaced.
         tensors: the weights, under the layout's names.
         config: the `config.json`.
-        processor: its files are written too; None writes none.
+        *beside: a processor and whatever else writes files by `save_pretrained`; None writes none.
 
     Raises:
         NotADirectoryError: the folder is a file.
@@ -176,8 +176,9 @@ def save(
         weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
         (made / "model.safetensors").chmod(made.stat().st_mode & 0o666)  # it makes them 0600
-        if processor is not None:
-            processor.save_pretrained(made)
+        for part in beside:
+            if part is not None:
+                part.save_pretrained(made)
         (made / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if not folder.exists():
             made.rename(folder)

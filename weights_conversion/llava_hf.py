@@ -117,7 +117,12 @@ def config(hf: Mapping[str, Any]) -> LlavaConfig:
         feature_strategy=hf["vision_feature_select_strategy"],
         projector_activation=hf["projector_hidden_act"],
         tied=hf["tie_word_embeddings"],
-        **{name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        bos_token_id=text["bos_token_id"],
+        eos_token_id=text["eos_token_id"],
+        # Released files have it beside the language model's.
+        pad_token_id=hf.get("pad_token_id")
+        if text["pad_token_id"] is None
+        else text["pad_token_id"],
     )
 
 

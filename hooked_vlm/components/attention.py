@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooked_vlm.components.hook_point import HookPoint
+from hooked_vlm.components.past import KeyValue, Past, consecutive, triangle
 from hooked_vlm.config import LlamaConfig, ResNetConfig, StackConfig
-
-KeyValue = tuple[Tensor, Tensor]  # [rows, pos, head, d_head] each, before their hook points
 
 
 @dataclass
@@ -33,22 +31,9 @@ class Source:
     rows: Int[Tensor, " batch"] | None = None
     kept: dict[int, KeyValue] | None = None
 
-    def shared(self) -> Int[Tensor, " groups"] | None:
-        """The rows of `states` to read, each by an equal run of consecutive batch rows.
-
-        None stands for 'all, in order'. Rows that do not fall into equal runs are named one by
-        one, and then copied.
-        """
-        if self.rows is None:
-            return None
-        groups, counts = self.rows.unique_consecutive(return_counts=True)
-        if (counts == counts[0]).all():
-            return (
-                None
-                if torch.equal(groups, torch.arange(len(self.states), device=groups.device))
-                else groups
-            )
-        return self.rows
+    def shared(self) -> slice | Int[Tensor, " groups"]:
+        """The rows of `states` to read, each by an equal run of consecutive batch rows."""
+        return slice(None) if self.rows is None else consecutive(self.rows)
 
 
 class Attention(nn.Module):
@@ -77,6 +62,7 @@ class Attention(nn.Module):
         self.n_heads, self.d_head = cfg.n_heads, cfg.d_head
         heads, kv_heads = cfg.n_heads, cfg.n_key_value_heads
         self.group = heads // kv_heads  # query heads that a head of keys and values serves
+        self.causal: bool = getattr(cfg, "causal", False)  # of attention to the stack itself
         self.q = nn.Linear(cfg.d_model, heads * cfg.d_head, bias)
         self.k = nn.Linear(d_source or cfg.d_model, kv_heads * cfg.d_head, bias)
         self.v = nn.Linear(d_source or cfg.d_model, kv_heads * cfg.d_head, bias)
@@ -100,27 +86,49 @@ class Attention(nn.Module):
         q: Float[Tensor, "batch query head d_head"],
         k: Float[Tensor, "groups key kv_head d_head"],
         v: Float[Tensor, "groups key kv_head d_head"],
-        mask: Bool[Tensor, "_ 1 _ key"] | None,
+        mask: Bool[Tensor, "_ 1 _ _"] | None,
+        causal: bool = False,
+        before: KeyValue | None = None,
     ) -> Float[Tensor, "batch query d_model"]:
-        """Attends and projects out; each row of k and v serves a run of consecutive batch rows."""
+        """Attends and projects out; each row of k and v serves a run of consecutive batch rows.
+
+        Args:
+            q: queries.
+            k: keys.
+            v: values.
+            mask: True where a query may see a key.
+            causal: whether a query sees no key behind it; queries and keys are the same positions.
+            before: keys and values in front of these, whose rows serve runs of their own.
+        """
         batch, groups = len(q), len(k)
-        if self.group > 1:
-            k, v = k.repeat_interleave(self.group, 2), v.repeat_interleave(self.group, 2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if not (self.hook_attn_scores.listening or self.hook_pattern.listening):
-            fused = F.scaled_dot_product_attention(_fold(q, groups), k, v, attn_mask=mask)
+        heard = self.hook_attn_scores.listening or self.hook_pattern.listening
+        if before is None and not heard:
+            grouped = self.group > 1
+            fused = F.scaled_dot_product_attention(
+                _fold(q, groups), k, v, mask, is_causal=causal, enable_gqa=grouped
+            )
             z = _unfold(fused, batch).transpose(1, 2)
         else:
-            scores = _fold(q * self.d_head**-0.5, groups) @ k.mT
+            parts = [(k, v)]
+            if before is not None:
+                parts.insert(0, (before[0].transpose(1, 2), before[1].transpose(1, 2)))
+            q = q * self.d_head**-0.5
+            scores = torch.cat([_product(q, keys.mT) for keys, _ in parts], -1)
+            blind = mask is not None or self.hook_attn_scores.written
+            if causal:
+                mask = triangle(scores.shape[2], scores.shape[3], scores.device)
             lowest = torch.finfo(scores.dtype).min
             if mask is not None:
+                mask = mask if len(mask) == 1 else _repeat(mask, batch)
                 scores = scores.masked_fill(~mask, lowest)
-            scores = self.hook_attn_scores(_unfold(scores, batch))
+            scores = self.hook_attn_scores(scores)
             pattern = scores.softmax(-1)
-            if mask is not None or self.hook_attn_scores.written:
+            if blind:  # there may be queries that see no key
                 pattern = pattern.masked_fill((scores <= lowest).all(-1, keepdim=True), 0)
-            pattern = self.hook_pattern(pattern)
-            z = _unfold(_fold(pattern, groups) @ v, batch).transpose(1, 2)
+            shares = self.hook_pattern(pattern).split([keys.shape[2] for keys, _ in parts], -1)
+            products = [_product(a, b) for a, (_, b) in zip(shares, parts, strict=True)]
+            z = sum(products[1:], products[0]).transpose(1, 2)
         z = self.hook_z(z)
         if self.hook_result.listening:
             result = torch.einsum("bqhd,hdm->bqhm", z, self.W_O)
@@ -176,31 +184,37 @@ class SelfAttention(Attention):
     def forward(
         self,
         x: Float[Tensor, "batch pos d_model"],
-        mask: Bool[Tensor, "#batch 1 _ key"] | None = None,
+        mask: Bool[Tensor, "#batch 1 _ _"] | None = None,
         queries: slice = slice(None),
-        past: Any = None,
+        past: Past | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "batch query d_out"]:
         """Attends from `queries` to every position, and to those in `past`.
 
         Args:
             x: what queries, keys and values read.
-            mask: True where a query may see a key.
+            mask: True where a query may see a key; by default, in a causal stack where the key is
+                not later, else everywhere.
             queries: the positions whose output is wanted.
-            past: a `transformers.Cache` of earlier keys and values, which gets the new ones.
+            past: keys and values of earlier positions; it gets the new ones.
             layer: this block's number in `past`.
         """
         q = self.hook_q(self._heads(self.q(self.hook_q_in(x)[:, queries])))
         kv_in = self.hook_kv_in(x)
         k = self.hook_k(self._heads(self.k(kv_in)))
         v = self.hook_v(self._heads(self.v(kv_in)))
-        q, k = self._placed(q, k, queries)
+        offset = 0 if past is None else past.length(layer)
+        q, k = self._placed(q, k, queries, offset)
+        before = None
         if past is not None:
-            k, v = past.update(k.transpose(1, 2), v.transpose(1, 2), layer)
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        return self._join(q, k, v, mask)
+            k, v, before = past.extend(layer, k, v)
+        end = offset + x.shape[1]
+        causal = mask is None and self.causal and q.shape[1] == end
+        if mask is None and self.causal and not causal:
+            mask = triangle(x.shape[1], end, x.device)[:, :, queries]
+        return self._join(q, k, v, mask, causal, before)
 
-    def _placed(self, q: Tensor, k: Tensor, queries: slice) -> tuple[Tensor, Tensor]:
+    def _placed(self, q: Tensor, k: Tensor, queries: slice, offset: int) -> tuple[Tensor, Tensor]:
         """Queries and keys that know where they stand; here the stream itself tells."""
         return q, k
 
@@ -218,8 +232,8 @@ class RotaryAttention(SelfAttention):
         self.hook_rot_q = HookPoint(2, cfg.n_heads)  # [batch, query, head, d_head]
         self.hook_rot_k = HookPoint(2, cfg.n_key_value_heads)  # [batch, key, kv_head, d_head]
 
-    def _placed(self, q: Tensor, k: Tensor, queries: slice) -> tuple[Tensor, Tensor]:
-        at = torch.arange(k.shape[1], device=k.device)
+    def _placed(self, q: Tensor, k: Tensor, queries: slice, offset: int) -> tuple[Tensor, Tensor]:
+        at = torch.arange(offset, offset + k.shape[1], device=k.device)
         return self.hook_rot_q(self._turned(q, at[queries])), self.hook_rot_k(self._turned(k, at))
 
     def _turned(
@@ -236,6 +250,11 @@ class RotaryAttention(SelfAttention):
 
 class CrossAttention(Attention):
     """Attention of one stack to the output of another."""
+
+    def __init__(self, cfg: StackConfig, d_source: int):
+        super().__init__(cfg, d_source)
+        for point in (self.hook_kv_in, self.hook_k, self.hook_v):
+            point.of_source = True
 
     def forward(
         self, x: Float[Tensor, "batch query d_model"], source: Source, layer: int
@@ -258,19 +277,19 @@ class CrossAttention(Attention):
         self, source: Source, batch: int, layer: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         groups = source.shared()
-        mask = None if source.mask is None else _pick(source.mask, groups)[:, None, None]
+        mask = None if source.mask is None else source.mask[groups][:, None, None]
         kept = None if source.kept is None else source.kept.get(layer)
         if kept is not None and not self.hook_kv_in.listening:
-            return _pick(kept[0], groups), _pick(kept[1], groups), mask
+            return kept[0][groups], kept[1][groups], mask
         states = source.states
         if self.hook_kv_in.listening:
-            states = self.hook_kv_in(_repeat(_pick(states, groups), batch))
+            states = self.hook_kv_in(_repeat(states[groups], batch))
             mask = None if mask is None else _repeat(mask, batch)
-            groups = None
+            groups = slice(None)
         k, v = self._heads(self.k(states)), self._heads(self.v(states))
         if source.kept is not None and not self.hook_kv_in.listening:  # by rows of the source
             source.kept[layer] = k, v
-        return _pick(k, groups), _pick(v, groups), mask
+        return k[groups], v[groups], mask
 
 
 def bias_of(linear: nn.Linear) -> Float[Tensor, " d_out"]:
@@ -280,20 +299,28 @@ def bias_of(linear: nn.Linear) -> Float[Tensor, " d_out"]:
     return linear.bias
 
 
-def _pick(t: Tensor, rows: Tensor | None) -> Tensor:
-    return t if rows is None else t[rows]
-
-
 def _repeat(t: Tensor, batch: int) -> Tensor:
     return t if len(t) == batch else t.repeat_interleave(batch // len(t), 0)
 
 
-def _fold(t: Tensor, groups: int) -> Float[Tensor, "groups head pos _"]:
-    """Lays the rows of a group side by side along the position axis: one product serves them."""
-    runs: Tensor = t.unflatten(0, (groups, -1))
-    return runs.transpose(1, 2).flatten(2, 3)
+def _fold(t: Tensor, groups: int, kv_heads: int | None = None) -> Float[Tensor, "groups _ pos d"]:
+    """Lays rows, and heads, that one matrix serves side by side along the position axis."""
+    rows = t.unflatten(0, (groups, -1)).unflatten(2, (kv_heads or t.shape[1], -1))
+    folded: Tensor = rows.permute(0, 2, 1, 3, 4, 5).flatten(2, 4)
+    return folded
 
 
-def _unfold(t: Tensor, batch: int) -> Float[Tensor, "batch head pos _"]:
-    runs: Tensor = t.unflatten(2, (batch // len(t), -1))
-    return runs.transpose(1, 2).flatten(0, 1)
+def _unfold(t: Tensor, batch: int, heads: int | None = None) -> Float[Tensor, "batch head pos d"]:
+    """The reverse of `_fold`."""
+    groups, kv_heads = t.shape[:2]
+    rows = t.unflatten(2, (batch // groups, (heads or kv_heads) // kv_heads, -1))
+    unfolded: Tensor = rows.permute(0, 2, 1, 3, 4, 5).flatten(0, 1).flatten(1, 2)
+    return unfolded
+
+
+def _product(
+    a: Float[Tensor, "batch head query x"], b: Float[Tensor, "groups kv_head x y"]
+) -> Float[Tensor, "batch head query y"]:
+    """`a @ b`, where a matrix of b serves a run of rows, and of heads, of a."""
+    groups, kv_heads = b.shape[:2]
+    return _unfold(_fold(a, groups, kv_heads) @ b, len(a), a.shape[1])

@@ -21,6 +21,7 @@ from hooked_vlm.components.attention import (
 from hooked_vlm.components.hook_point import HookPoint
 from hooked_vlm.components.mlp import MLP, GatedMLP
 from hooked_vlm.components.norm import LayerNorm, RMSNorm
+from hooked_vlm.components.past import Past
 from hooked_vlm.config import LlamaConfig, StackConfig, TextConfig
 
 Part = Literal["attn", "cross_attn", "mlp"]
@@ -35,14 +36,14 @@ class Context:
     Attributes:
         mask: True where a query may see a key of the stack itself.
         sources: what blocks with cross-attention read in turn; empty skips it.
-        past: a `transformers.Cache` of the stack's own keys and values.
+        past: keys and values of the stack's own earlier positions.
         queries: the positions that are wanted of this block's output.
         doors: filled with the stream at each part's door, by layer and part.
     """
 
     mask: Bool[Tensor, "_ 1 _ _"] | None = None
     sources: tuple[Source, ...] = ()
-    past: Any = None
+    past: Past | None = None
     queries: slice = field(default_factory=lambda: slice(None))
     doors: dict[Door, Tensor] | None = None
 
@@ -109,7 +110,9 @@ class PreNormBlock(nn.Module):
         if start == "attn":
             context.keep(self.layer, "attn", x)
             x = self.hook_resid_pre(x)
-            attn_out = self.attn(self.ln1(x), context.mask, context.queries)
+            attn_out = self.attn(
+                self.ln1(x), context.mask, context.queries, context.past, self.layer
+            )
             x = self.hook_resid_mid(x[:, context.queries] + self.hook_attn_out(attn_out))
         context.keep(self.layer, "mlp", x)
         mlp_out = self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(x))))

@@ -44,6 +44,7 @@ class HookPoint(LensHookPoint):
         self.heads: dict[int, HookPoint] = {}
         # The position axis in the batched layout (TransformerLens' word for it).
         self.pos_dim: int | None = (2 if head_axis == 1 else 1) if positions else None
+        self.of_source = False  # whether positions are those of another stack
         self._readers: set[int] = set()  # ids of the hooks that only read
 
     @property
@@ -182,14 +183,18 @@ def listening(module: nn.Module) -> bool:
 def telling(module: nn.Module, positions: Tensor) -> Iterator[None]:
     """Tells the hooks inside the module which positions they see, in `hook.ctx["positions"]`."""
     points = [m for m in module.modules() if isinstance(m, HookPoint) and m.listening]
-    told = [point for whole in points for point in whole.points()]
+    told = [point for whole in points if not whole.of_source for point in whole.points()]
+    before = [point.ctx.get("positions") for point in told]
     for point in told:
         point.ctx["positions"] = positions
     try:
         yield
     finally:
-        for point in told:
-            point.ctx.pop("positions", None)
+        for point, earlier in zip(told, before, strict=True):
+            if earlier is None:
+                point.ctx.pop("positions", None)
+            else:
+                point.ctx["positions"] = earlier
 
 
 def _check_result(value: Any, given: Tensor, name: str) -> None:

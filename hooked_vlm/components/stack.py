@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
@@ -388,12 +389,16 @@ class LlamaStack(TokenStack[PreNormBlock]):
     def visible(
         self, input_ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None, offset: int = 0
     ) -> Bool[Tensor, "_ 1 _ key"] | None:
-        """Which keys a query may see: those of its window that are no padding and not later."""
+        """Which keys a query may see: those of its window that are no padding and not later.
+
+        None where that is all that are not later, which attention knows without a mask.
+        """
+        window, end = self.cfg.sliding_window or math.inf, offset + input_ids.shape[1]
+        if end <= window and (attention_mask is None or bool(attention_mask.all())):
+            return None
         mask = super().visible(input_ids, attention_mask, offset)
-        if mask is None or self.cfg.sliding_window is None:
-            return mask
-        at = torch.arange(mask.shape[-1], device=mask.device)
-        return mask & (at > at[offset:, None] - self.cfg.sliding_window)
+        at = torch.arange(end, device=input_ids.device)
+        return mask if mask is None or end <= window else mask & (at > at[offset:, None] - window)
 
     def finish(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The final norm, of every position."""

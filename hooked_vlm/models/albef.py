@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from transformers import BatchEncoding
 
 from hooked_vlm.components.attention import Source
-from hooked_vlm.components.blocks import Context
 from hooked_vlm.components.hook_point import HookPoint
 from hooked_vlm.components.mlp import MLP
 from hooked_vlm.components.stack import TextStack, Unembed, VisionStack
@@ -354,12 +353,6 @@ class HookedALBEF(FusedVLM):
             each.append(-losses.sum(1))
         probs, order = (scores + torch.stack(each)).softmax(-1).topk(k, dim=1)
         return Ranked(chosen.gather(1, order), probs)
-
-    def _continue(self, ids: Tensor, mask: Tensor | None, question: Source) -> Tensor:
-        """Logits of answers; those to one question share its keys and values."""
-        x = self.decoder.embeddings(ids, grad=self._grad_wanted)
-        x = self.decoder.run(x, Context(self.decoder.visible(ids, mask), (question,)))
-        return self.hook_logits(self.unembed(x))
 
 
 def _log_probs(logits: Tensor) -> Tensor:

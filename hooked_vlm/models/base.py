@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import BatchEncoding, PreTrainedModel
+from transformers import BatchEncoding, GenerationConfig, PreTrainedModel
 
 from hooked_vlm.components.attention import bias_of
 from hooked_vlm.components.stack import TokenStack, Unembed
-from hooked_vlm.hub import locate
+from hooked_vlm.hub import Located, locate
 from hooked_vlm.models.inputs import (
     Geometry,
     ImageLike,
@@ -46,6 +46,7 @@ class HookedVLM(ResumableModel):
 
     cfg: Any
     processor: Any = None
+    generation_config: GenerationConfig | None = None  # where `generate` heeds a checkpoint's own
     provenance: dict[str, Any]
 
     def __init__(self, cfg: Any):
@@ -116,6 +117,7 @@ class HookedVLM(ResumableModel):
         assign(model, checkpoint, rules, dtype, device)
         model.processor = processor
         model.provenance |= {"model": located.name, "revision": located.revision}
+        model._find_more(located, download)
         return model.eval()
 
     @classmethod
@@ -137,7 +139,14 @@ class HookedVLM(ResumableModel):
         assign(model, InMemory(state), rules, None, None)
         model.processor = processor
         model.provenance["model"] = type(hf_model).__name__
+        model._take_more(hf_model)
         return model.eval()
+
+    def _find_more(self, located: Located, download: Mapping[str, Any]) -> None:
+        """Reads what else lies beside the weights."""
+
+    def _take_more(self, hf_model: PreTrainedModel) -> None:
+        """Takes what else a transformers model in memory has."""
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the model where transformers and `from_pretrained` read it, bit for bit.
@@ -150,7 +159,8 @@ class HookedVLM(ResumableModel):
         """
         config, rules = self.LAYOUT.write(self.cfg)
         state = dict(self.named_parameters())
-        save(folder, state if rules is None else revert(state, rules), config, self.processor)
+        made = state if rules is None else revert(state, rules)
+        save(folder, made, config, self.processor, self.generation_config)
 
     @classmethod
     def _kind(

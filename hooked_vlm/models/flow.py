@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.components.attention import KeyValue, Source
+from hooked_vlm.components.attention import Source
 from hooked_vlm.components.blocks import Context, Door
-from hooked_vlm.components.hook_point import listening
+from hooked_vlm.components.hook_point import listening, telling
+from hooked_vlm.components.past import Keeping, KeyValue, Past, Shared
 from hooked_vlm.components.stack import Stack, needing
 
 Span = tuple[int, int | None]  # the first block to run, and the one to stop before
@@ -52,6 +53,7 @@ class Kept:
         output: the stack's output, the glue behind it included.
         doors: the stream at each part's door.
         cross: keys and values of the stack's cross-attention, by layer.
+        own: keys and values of its own positions, by layer, where it is causal.
         reader: the stack that reads this one, None for the last.
         group: how many consecutive rows each row of the reader reads together.
         rows: for each row of the reader the group that it reads; None for one to one.
@@ -61,6 +63,7 @@ class Kept:
     output: Tensor
     doors: dict[Door, Tensor] = field(default_factory=dict)
     cross: dict[int, KeyValue] = field(default_factory=dict)
+    own: dict[int, KeyValue] = field(default_factory=dict)
     reader: str | None = None
     group: int = 1
     rows: Tensor | None = None
@@ -73,7 +76,8 @@ class Base:
 
     Attributes:
         inputs: what the model was run on.
-        logits: its output.
+        logits: its output, of the positions that were asked for.
+        logits_to_keep: how many of the last positions these are; 0 for all.
         stacks: what is kept of each stack, by name.
         cache: the activations that were asked for.
         fingerprint: of weights, inputs and standing hooks; it refuses to go on when they changed.
@@ -81,6 +85,7 @@ class Base:
 
     inputs: dict[str, Any]
     logits: Tensor
+    logits_to_keep: int
     stacks: dict[str, Kept]
     cache: ActivationCache
     fingerprint: tuple[Any, ...]
@@ -109,11 +114,16 @@ class Flow:
     Args:
         stacks: the model's stacks by name, in the order in which they run.
         grad: whether backward hooks listen, so that every point needs a gradient.
+        logits_to_keep: of how many of the last positions logits are wanted; 0 for all.
+
+    Attributes:
+        readout: those positions.
     """
 
-    def __init__(self, stacks: dict[str, Stack[Any]], grad: bool = False):
+    def __init__(self, stacks: dict[str, Stack[Any]], grad: bool = False, logits_to_keep: int = 0):
         self.stacks = stacks
         self.grad = grad
+        self.readout = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         self.outputs: dict[str, Tensor] = {}
 
     def stack(
@@ -129,6 +139,7 @@ class Flow:
         at: Tensor | None = None,
         span: Span = (0, None),
         merge: Merge | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """Runs a stack and the glue behind it.
 
@@ -139,17 +150,18 @@ class Flow:
             source: the stack that its cross-attention reads.
             source_mask: [rows, pos], True for the positions of the source that may be seen.
             after: the glue behind the stack.
-            readout: the positions that anything downstream reads.
+            readout: the positions that anything downstream reads; the output may hold others, too.
             at: for each row the one position that is read, which `after` gets without its axis.
             span: the first block to run and the one to stop before; where the first is not 0,
                 `inputs` is the stream at its door.
             merge: what stands in place of some of the tokens.
+            past: keys and values of positions before these.
         """
         first, stop = span
         x = needing(inputs, self.grad) if first else self._embed(name, inputs, merge)
         read = () if source is None else self._sources(name, source, source_mask, len(x))
-        context = Context(mask, read, doors=self._doors(name))
-        x = self.stacks[name].run(x, context, (first, "attn"), stop=stop)
+        context = Context(mask, read, past, doors=self._doors(name))
+        x = self.stacks[name].run(x, context, (first, "attn"), readout, stop)
         self.outputs[name] = after(x if at is None else _at(x, at))
         return self.outputs[name]
 
@@ -204,19 +216,30 @@ class Flow:
 
 
 class Recording(Flow):
-    """A forward pass that keeps the streams at all doors and the keys and values of sources."""
+    """A forward pass that keeps the streams at all doors, and keys and values.
 
-    def __init__(self, stacks: dict[str, Stack[Any]]):
-        super().__init__(stacks)
+    Args:
+        stacks: as in `Flow`.
+        logits_to_keep: as in `Flow`.
+        doors: whether to keep the streams.
+    """
+
+    def __init__(self, stacks: dict[str, Stack[Any]], logits_to_keep: int = 0, doors: bool = True):
+        super().__init__(stacks, logits_to_keep=logits_to_keep)
+        self.doors = doors
         self.kept = {name: Kept(torch.empty(0)) for name in stacks}
 
     def stack(self, name: str, inputs: Tensor, **kwargs: Any) -> Tensor:
-        """Runs a stack as ever, and keeps it."""
-        self.kept[name].output = super().stack(name, inputs, **kwargs)
-        return self.kept[name].output
+        """Runs a stack as ever, all of its positions, and keeps it."""
+        kept = self.kept[name]
+        kwargs["readout"] = slice(None)
+        if getattr(self.stacks[name].cfg, "causal", False):
+            kwargs["past"] = Keeping(kept.own)
+        kept.output = super().stack(name, inputs, **kwargs)
+        return kept.output
 
-    def _doors(self, name: str) -> dict[Door, Tensor]:
-        return self.kept[name].doors
+    def _doors(self, name: str) -> dict[Door, Tensor] | None:
+        return self.kept[name].doors if self.doors else None
 
     def _features(self, name: str, merge: Merge) -> Tensor:
         self.kept[merge.source].merged = merge.rows
@@ -251,6 +274,7 @@ class Resuming(Flow):
         door: where in it; None to begin with its embeddings.
         rows: the base's row that each row of the new batch continues.
         listeners: the stacks that hooks of this pass name.
+        position: the first position that a change can reach, in a causal stack.
         grad: whether backward hooks listen.
     """
 
@@ -262,11 +286,12 @@ class Resuming(Flow):
         door: Door | None,
         rows: Tensor,
         listeners: set[str],
+        position: int = 0,
         grad: bool = False,
     ):
-        super().__init__(stacks, grad)
+        super().__init__(stacks, grad, base.logits_to_keep)
         self.base, self.start, self.door, self.rows = base, start, door, rows
-        self.listeners = listeners
+        self.listeners, self.position = listeners, position
         self.changed: set[str] = set()
 
     def stack(
@@ -282,6 +307,7 @@ class Resuming(Flow):
         at: Tensor | None = None,
         span: Span = (0, None),
         merge: Merge | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """Runs what a change can reach of a stack, or takes its output from the base."""
         kept, rows = self.base.stacks[name], self.base.rows(name, self.rows)
@@ -304,13 +330,20 @@ class Resuming(Flow):
         read = () if source is None else self._sources(name, source, source_mask, len(rows))
         if mask is not None and len(mask) > 1:
             mask = mask[rows]
+        begin = self.position if name == self.start else 0
         if door is None and not first:
-            x = self._embed(name, inputs[rows], None if merge is None else merge.of(rows))
+            with telling(self.stacks[name], torch.arange(inputs.shape[1], device=inputs.device)):
+                x = self._embed(name, inputs[rows], None if merge is None else merge.of(rows))
+            x = x[:, begin:]
         else:
-            x = kept.doors[door or (first, "attn")][rows]
+            x = kept.doors[door or (first, "attn")][:, begin:][rows]
             if self.grad:
                 x.requires_grad_()  # a copy of the base's rows: the first tensor of the new pass
-        x = self.stacks[name].run(x, Context(mask, read), door or (first, "attn"), readout, stop)
+        if begin:
+            past = Shared(kept.own, begin, rows)
+            mask = None if mask is None else mask[:, :, begin:]
+        context = Context(mask, read, past)
+        x = self.stacks[name].run(x, context, door or (first, "attn"), readout, stop)
         self.changed.add(name)
         self.outputs[name] = after(x if at is None else _at(x, at[rows]))
         return self.outputs[name]

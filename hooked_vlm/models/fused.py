@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BlipTextConfig
 
-from hooked_vlm.components.hook_point import HookPoint
+from hooked_vlm.components.attention import Source
+from hooked_vlm.components.blocks import Context
+from hooked_vlm.components.hook_point import HookPoint, telling
+from hooked_vlm.components.past import Past
 from hooked_vlm.components.stack import TextStack, Unembed, VisionStack
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.flow import Flow
-from hooked_vlm.models.generation import Decoder
+from hooked_vlm.models.generation import StepHooks, Writer
 
 
 class FusedVLM(HookedVLM):
@@ -62,8 +67,9 @@ class FusedVLM(HookedVLM):
             mask=self.decoder.visible(input_ids, attention_mask),
             source=source,
             source_mask=None if source_mask is None else source_mask.bool(),
+            readout=flow.readout,
         )
-        return self.hook_logits(self.unembed(states))
+        return self.hook_logits(self.unembed(states[:, flow.readout]))
 
     def _answer(
         self,
@@ -174,6 +180,8 @@ class FusedVLM(HookedVLM):
         pixel_values: Float[Tensor, "images 3 height width"],
         input_ids: Int[Tensor, "batch pos"] | None = None,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
+        *,
+        fwd_hooks: StepHooks = (),
         **generation: Any,
     ) -> Any:
         """Captions or answers, by `transformers.GenerationMixin.generate`; hooks fire every step.
@@ -186,6 +194,8 @@ class FusedVLM(HookedVLM):
             input_ids: the question (`vqa`), or the words that the caption begins with: its first
                 token becomes `[DEC]` and its last, `[SEP]`, is dropped.
             attention_mask: 1 for a token, 0 for padding.
+            fwd_hooks: hooks of every step, or a function from the step's number, from 0, to its
+                hooks; the image is read before the first.
             **generation: `max_new_tokens`, `num_beams`, `do_sample`, ... as in transformers.
 
         Returns:
@@ -203,12 +213,6 @@ class FusedVLM(HookedVLM):
         flow = Flow(self.stacks)
         states = self._see(flow, pixel_values)
         states_mask = None
-        special = {
-            "bos_token_id": self.cfg.bos_token_id,
-            "sep_token_id": self.cfg.sep_token_id,
-            "pad_token_id": self.cfg.pad_token_id,
-            "eos_token_id": self.cfg.sep_token_id,
-        }
         if self.task == "vqa":
             if input_ids is None:
                 raise ValueError("input_ids, the question, is missing")
@@ -221,10 +225,40 @@ class FusedVLM(HookedVLM):
         prompt = self._prompt(input_ids if self.task == "captioning" else None, len(states))
         if not generation.keys() & {"max_length", "max_new_tokens", "generation_config"}:
             generation["max_length"] = max(20, prompt.shape[1] + 1)  # transformers', unasked
-        decoder = Decoder(
-            self.decoder, self.unembed, self.hook_logits, states, states_mask, special
+        source = Source(states, states_mask, kept={})
+        rows = torch.arange(len(states), device=self.device)
+
+        def step(ids: Tensor, mask: Tensor | None, past: Past) -> Tensor:
+            offset = past.length(0)
+            own = replace(source, rows=rows.repeat_interleave(len(ids) // len(rows)))
+            at = torch.arange(offset, offset + ids.shape[1], device=self.device)
+            with telling(self, at):
+                return self._continue(ids, mask, own, past)
+
+        size = self.cfg.decoder
+        config = BlipTextConfig(
+            vocab_size=size.d_vocab,
+            hidden_size=size.d_model,
+            num_hidden_layers=size.n_layers,
+            num_attention_heads=size.n_heads,
+            max_position_embeddings=size.n_ctx,
+            bos_token_id=self.cfg.bos_token_id,
+            sep_token_id=self.cfg.sep_token_id,
+            pad_token_id=self.cfg.pad_token_id,
+            eos_token_id=self.cfg.sep_token_id,
         )
-        # `generate` declares its self a PreTrainedModel; what it asks of one, Decoder has.
-        return decoder.generate(  # type: ignore[misc]
+        writer = Writer(self, step, config, fwd_hooks=fwd_hooks)
+        # `generate` declares its self a PreTrainedModel; what it asks of one, Writer has.
+        return writer.generate(  # type: ignore[misc]
             input_ids=prompt, attention_mask=attention_mask, **generation
         )
+
+    def _continue(
+        self, ids: Tensor, mask: Tensor | None, source: Source, past: Past | None = None
+    ) -> Tensor:
+        """Logits of words of the decoder; rows that read the same share its keys and values."""
+        offset = 0 if past is None else past.length(0)
+        x = self.decoder.embeddings(ids, offset=offset, grad=self._grad_wanted)
+        seen = self.decoder.visible(ids, mask, offset)
+        x = self.decoder.run(x, Context(seen, (source,), past))
+        return self.hook_logits(self.unembed(x))

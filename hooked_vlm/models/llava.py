@@ -5,21 +5,26 @@ Source: Liu et al., LLaVA (arXiv 2304.08485), sec. 4.1, and LLaVA-1.5 (arXiv 231
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BatchEncoding
+from transformers import BatchEncoding, GenerationConfig, LlamaConfig, PreTrainedModel
 
-from hooked_vlm.components.hook_point import HookPoint
+from hooked_vlm.components.hook_point import HookPoint, telling
 from hooked_vlm.components.mlp import MLP
+from hooked_vlm.components.past import Growing, Past
 from hooked_vlm.components.stack import LlamaStack, VisionStack
 from hooked_vlm.config import LlavaConfig
+from hooked_vlm.hub import Located
 from hooked_vlm.models.base import HookedVLM
-from hooked_vlm.models.flow import Flow, Merge
+from hooked_vlm.models.flow import Flow, Merge, Recording
+from hooked_vlm.models.generation import Prefix, StepHooks, Writer
 from hooked_vlm.models.inputs import (
     Geometry,
     ImageLike,
@@ -63,6 +68,16 @@ class HookedLlava(HookedVLM):
         self.requires_grad_(False)
         self.setup()
 
+    def _find_more(self, located: Located, download: Mapping[str, Any]) -> None:
+        if located.processor is not None:
+            with suppress(OSError):  # a checkpoint without one
+                self.generation_config = GenerationConfig.from_pretrained(
+                    located.processor, **download
+                )
+
+    def _take_more(self, hf_model: PreTrainedModel) -> None:
+        self.generation_config = deepcopy(getattr(hf_model, "generation_config", None))
+
     # --- the pass
 
     def forward(
@@ -71,6 +86,9 @@ class HookedLlava(HookedVLM):
         input_ids: Int[Tensor, "batch pos"] | None = None,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         return_type: Literal["logits", "loss"] | None = "logits",
+        *,
+        logits_to_keep: int = 0,
+        prefix: Prefix | None = None,
     ) -> Tensor | None:
         """Runs the model on texts and the images in them.
 
@@ -81,15 +99,22 @@ class HookedLlava(HookedVLM):
             attention_mask: 1 for a token, 0 for padding, on either side; all ones by default.
             return_type: `logits`; `loss` for the mean cross-entropy of the next token over those
                 that are neither padding nor of an image; None for nothing.
+            logits_to_keep: of how many of the last positions to make logits; 0 for all.
+            prefix: from `prefill`, what stands before the texts: one row, or one for each. Hooks
+                see the new positions only, `hook.ctx["positions"]` holds their absolute numbers.
 
         Returns:
-            Logits, [batch, pos, d_vocab].
+            Logits, [batch, pos, d_vocab], of the positions of `input_ids` that are kept.
 
         Raises:
             ValueError: inputs that do not fit the model or one another.
         """
         logits = self._run(
-            pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask
+            logits_to_keep,
+            pixel_values=pixel_values,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            prefix=prefix,
         )
         if return_type == "logits":
             return logits
@@ -97,6 +122,8 @@ class HookedLlava(HookedVLM):
             return None
         if return_type != "loss":
             raise ValueError(f"return_type is 'logits', 'loss' or None, not {return_type!r}")
+        if logits_to_keep:
+            raise ValueError("return_type='loss' reads all logits; leave logits_to_keep out")
         assert input_ids is not None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         told = mask.bool() & (input_ids != self.cfg.image_token_id)
@@ -110,20 +137,62 @@ class HookedLlava(HookedVLM):
         pixel_values: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         if input_ids is None:
             raise ValueError("input_ids is missing: model.prepare(images, text) makes it of texts")
         self._check_text("input_ids", input_ids, attention_mask)
+        merge = self._see(flow, pixel_values, input_ids)
+        if prefix is None:
+            return self._read(flow, input_ids, attention_mask, merge)
+        if type(flow) is not Flow:
+            raise ValueError("a base is made of whole texts: give base_run no prefix")
+        before = prefix.before(len(input_ids))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = torch.cat([prefix.attention_mask[prefix.rows(len(mask))], mask], 1)
+        return self._read(flow, input_ids, mask, merge, before)
+
+    def _see(self, flow: Flow, pixel_values: Tensor | None, input_ids: Tensor) -> Merge | None:
+        """Reads the images, and says where in the texts they stand; None without images."""
         places = input_ids == self.cfg.image_token_id
         images = self._images_of(places, 0 if pixel_values is None else len(pixel_values))
-        merge = None
-        if pixel_values is not None:
-            flow.stack("vision", pixel_values, after=self._project)
-            merge = Merge("vision", places, images)
-        states = flow.stack(
-            "text", input_ids, mask=self.text.visible(input_ids, attention_mask), merge=merge
-        )
-        return self.hook_logits(self.unembed(states))
+        if pixel_values is None:
+            return None
+        flow.stack("vision", pixel_values, after=self._project)
+        return Merge("vision", places, images)
+
+    def _read(
+        self,
+        flow: Flow,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        merge: Merge | None,
+        past: Past | None = None,
+    ) -> Tensor:
+        """Logits of tokens and the images among them, behind what is past.
+
+        Args:
+            flow: the pass.
+            input_ids: the new tokens, [batch, pos].
+            mask: [batch, all positions], those in `past` included.
+            merge: the images.
+            past: keys and values of positions before these.
+        """
+        offset = 0 if past is None else past.length(0)
+        at = torch.arange(offset, offset + input_ids.shape[1], device=input_ids.device)
+        with ExitStack() as told:
+            if past is not None:
+                told.enter_context(telling(self, at))
+                told.enter_context(telling(self.hook_logits, at[flow.readout]))
+            states = flow.stack(
+                "text",
+                input_ids,
+                mask=self.text.visible(input_ids, mask, offset),
+                readout=flow.readout,
+                merge=merge,
+                past=past,
+            )
+            return self.hook_logits(self.unembed(states[:, flow.readout]))
 
     def _project(self, x: Tensor) -> Tensor:
         first = 1 if self.cfg.feature_strategy == "default" else 0
@@ -156,6 +225,120 @@ class HookedLlava(HookedVLM):
         """What the language model reads of images: the projector's output."""
         flow = Flow(self.stacks, self._grad_wanted)
         return flow.stack("vision", pixel_values, after=self._project)
+
+    # --- writing
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        pixel_values: Float[Tensor, "image 3 height width"] | None = None,
+        input_ids: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+    ) -> Prefix:
+        """Reads the beginning of texts once, for `forward` and `generate` to continue many times.
+
+        What standing hooks change is kept with it; it is stale when weights change.
+
+        Args:
+            pixel_values: as in `forward`.
+            input_ids: as in `forward`.
+            attention_mask: as in `forward`.
+
+        Raises:
+            ValueError: as in `forward`.
+        """
+        recording = Recording(self.stacks, logits_to_keep=1, doors=False)
+        logits = self._flow(
+            recording,
+            pixel_values=pixel_values,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+        )
+        assert input_ids is not None
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return Prefix(input_ids, mask, logits, recording.kept["text"].own)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Float[Tensor, "image 3 height width"] | None = None,
+        input_ids: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        *,
+        prefix: Prefix | None = None,
+        fwd_hooks: StepHooks = (),
+        **generation: Any,
+    ) -> Any:
+        """Answers, by `transformers.GenerationMixin.generate`; hooks fire at every step.
+
+        The first step reads the prompt, and its images; the later ones, whose keys and values are
+        kept, see the new position only, and `hook.ctx["positions"]` holds its absolute number.
+        Logits are made of the last position alone. Greedy unless `generation` or the checkpoint's
+        `model.generation_config` say otherwise.
+
+        Args:
+            pixel_values: as in `forward`.
+            input_ids: prompts, padded on the left; with `prefix`, what follows it, or None.
+            attention_mask: 1 for a token, 0 for padding; all ones by default.
+            prefix: from `prefill`, what stands before; it can be continued again.
+            fwd_hooks: hooks of every step, or a function from the step's number, from 0, to its
+                hooks.
+            **generation: `max_new_tokens`, `num_beams`, `do_sample`, ... as in transformers.
+
+        Returns:
+            What transformers returns: ids, [batch, pos], that begin with the prompt.
+
+        Raises:
+            ValueError: as in `forward`.
+        """
+        if prefix is not None and input_ids is None:
+            input_ids = prefix.input_ids[:, :0]
+        if input_ids is None:
+            raise ValueError("input_ids is missing: model.prepare(images, text) makes it of texts")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if input_ids.shape[1] or prefix is None:
+            self._check_text("input_ids", input_ids, attention_mask)
+        n_rows, begin = len(input_ids), 0
+        if prefix is not None:
+            # The last position of a prefix that nothing follows is read again: it makes the logits.
+            begin = prefix.length - (not input_ids.shape[1])
+            if (prefix.input_ids[:, begin:] == self.cfg.image_token_id).any():
+                raise ValueError("the prefix ends in an image; give input_ids that follow it")
+            generation["past_key_values"] = prefix.cache(n_rows, begin)
+            rows = prefix.rows(n_rows)
+            input_ids = torch.cat([prefix.input_ids[rows], input_ids], 1)
+            attention_mask = torch.cat([prefix.attention_mask[rows], attention_mask], 1)
+
+        def step(ids: Tensor, mask: Tensor | None, past: Past) -> Tensor:
+            flow, merge = Flow(self.stacks, logits_to_keep=1), None
+            if past.length(0) == begin:
+                if isinstance(past, Growing) and begin:
+                    past.spread(len(ids))
+                each = len(ids) // n_rows  # beams of a prompt
+                rows = torch.arange(len(ids), device=self.device) // each
+                merge = self._see(flow, pixel_values, ids[::each])
+                merge = None if merge is None else merge.of(rows)
+            return self._read(flow, ids, mask, merge, past)
+
+        size = self.cfg.text
+        config = LlamaConfig(
+            vocab_size=size.d_vocab,
+            hidden_size=size.d_model,
+            num_hidden_layers=size.n_layers,
+            num_attention_heads=size.n_heads,
+            num_key_value_heads=size.n_key_value_heads,
+            head_dim=size.d_head,
+            max_position_embeddings=size.n_ctx,
+            bos_token_id=self.cfg.bos_token_id,
+            eos_token_id=self.cfg.eos_token_id,
+            pad_token_id=self.cfg.pad_token_id,
+        )
+        writer = Writer(self, step, config, self.generation_config, fwd_hooks)
+        # `generate` declares its self a PreTrainedModel; what it asks of one, Writer has.
+        return writer.generate(  # type: ignore[misc]
+            input_ids=input_ids, attention_mask=attention_mask, **generation
+        )
 
     # --- inputs
 

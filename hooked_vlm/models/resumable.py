@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_vlm.components.blocks import Door
+from hooked_vlm.components.hook_point import telling
 from hooked_vlm.components.stack import Stack
 from hooked_vlm.models.cache import ActivationCache
 from hooked_vlm.models.flow import Base, Flow, Recording, Resuming
 from hooked_vlm.models.hooked import HookedModel, Hooks
-from hooked_vlm.models.names import Names, Site
+from hooked_vlm.models.names import Names, Site, head_of
 
 
 class ResumableModel(HookedModel):
@@ -21,6 +23,8 @@ class ResumableModel(HookedModel):
 
     # The stack behind which each part of the glue is computed, if not the last one.
     GLUE: ClassVar[dict[str, str]]
+    # Whether logits of a position come of it and earlier ones alone, if the last stack is causal.
+    BY_POSITION: ClassVar[bool] = True
 
     @property
     def stacks(self) -> dict[str, Stack[Any]]:
@@ -41,20 +45,20 @@ class ResumableModel(HookedModel):
         """The pass, as calls of `flow.stack`, from inputs that a subclass names to logits."""
         raise NotImplementedError
 
-    def _run(self, **inputs: Any) -> Tensor:
+    def _run(self, logits_to_keep: int = 0, **inputs: Any) -> Tensor:
         """A plain pass; what `torch.compile` made of it is left while anybody listens."""
         if self._anyone_listens():
-            logits: Tensor = self._run_eagerly(**inputs)
+            logits: Tensor = self._run_eagerly(logits_to_keep, **inputs)
             return logits
-        return self._flow(Flow(self.stacks), **inputs)
+        return self._flow(Flow(self.stacks, logits_to_keep=logits_to_keep), **inputs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _anyone_listens(self) -> bool:
         return any(point.listening for point in self.hook_points())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _run_eagerly(self, **inputs: Any) -> Tensor:
-        return self._flow(Flow(self.stacks, self._grad_wanted), **inputs)
+    def _run_eagerly(self, logits_to_keep: int, **inputs: Any) -> Tensor:
+        return self._flow(Flow(self.stacks, self._grad_wanted, logits_to_keep), **inputs)
 
     @property
     def _grad_wanted(self) -> bool:
@@ -63,26 +67,30 @@ class ResumableModel(HookedModel):
         )
 
     @torch.no_grad()
-    def base_run(self, *, names_filter: Names | bool = False, **inputs: Any) -> Base:
+    def base_run(
+        self, *, names_filter: Names | bool = False, logits_to_keep: int = 0, **inputs: Any
+    ) -> Base:
         """Runs the model once and keeps what later runs may reuse.
 
         Args:
             names_filter: activations to cache besides, as in `run_with_cache`; False for none.
+            logits_to_keep: of how many of the last positions this run and those that continue it
+                make logits, where a model predicts tokens; 0 for all.
             **inputs: as in `forward`. One image may serve a batch of texts.
 
         Returns:
             A base for `resume`: logits, the stream at each part's door, and the keys and values of
-            cross-attention.
+            cross-attention and of causal self-attention.
         """
         fingerprint = self._fingerprint(inputs)
-        recording = Recording(self.stacks)
+        recording = Recording(self.stacks, logits_to_keep)
         names = None if names_filter is True else names_filter
         entries, hooks, _ = self.get_caching_hooks(names) if names is not False else ({}, [], [])
         with self.hooks(hooks):
             logits = self._flow(recording, **inputs)
         self.is_caching = False
         cache = ActivationCache(entries, self)
-        return Base(inputs, logits, recording.kept, cache, fingerprint)
+        return Base(inputs, logits, logits_to_keep, recording.kept, cache, fingerprint)
 
     def resume(
         self,
@@ -99,9 +107,15 @@ class ResumableModel(HookedModel):
         Points before the part of the block that holds the site do not fire. A change at the site
         comes from `fwd_hooks`, which may name that part's points and later ones.
 
+        Where the last stack is causal and all sites are in it and name a position, nothing before
+        the first of these is computed: hooks see the positions from there on, whose absolute
+        numbers are in `hook.ctx["positions"]`. Points of its embeddings see all of them, and those
+        behind the stack the ones of which logits are made.
+
         Args:
             base: from `base_run`.
-            site: one or several hook names or sites.
+            site: one or several hook names or sites; a `Site` may name a position, from the end
+                where it is negative.
             rows: for each row of the new batch the base's row that it continues; by default the
                 base's rows as they are. Rows that share an image share its keys and values.
             fwd_hooks: as in `run_with_hooks`.
@@ -114,8 +128,8 @@ class ResumableModel(HookedModel):
 
         Raises:
             KeyError: no such site.
-            ValueError: the base's weights, inputs or standing hooks have changed, a row is not
-                in it, or a hook names a point before the site.
+            ValueError: the base's weights, inputs or standing hooks have changed, a row or a
+                position is not in it, or a hook names a point before the site.
         """
         if self._fingerprint(base.inputs) != base.fingerprint:
             raise ValueError(
@@ -140,9 +154,46 @@ class ResumableModel(HookedModel):
                         f"a hook at {name!r} would not fire: the pass resumes at {names[0]!r}; "
                         "name it among the sites"
                     )
-        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end):
-            flow = Resuming(self.stacks, base, *start, chosen, listeners, self._grad_wanted)
-            return self._flow(flow, **base.inputs)
+        first, length = self._first_position(base, sites, start[0])
+        with ExitStack() as during:
+            during.enter_context(self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end))
+            flow = Resuming(self.stacks, base, *start, chosen, listeners, first, self._grad_wanted)
+            if first:
+                at = torch.arange(first, length, device=self.device)
+                during.enter_context(telling(self, at))
+                for behind in self._behind_stacks():
+                    during.enter_context(telling(behind, at[flow.readout]))
+            logits = self._flow(flow, **base.inputs)
+        missing = base.logits.shape[1] - logits.shape[1] if first else 0
+        return torch.cat([base.logits[chosen, :missing], logits], 1) if missing else logits
+
+    def _first_position(self, base: Base, sites: list[str | Site], start: str) -> tuple[int, int]:
+        """The first position that a change at the sites can reach, and how many there are."""
+        last = list(self.stacks)[-1]
+        at = [
+            one.position
+            for one in sites
+            if isinstance(one, Site) and one.position is not None and self._places_own(one.name)
+        ]
+        own = base.stacks[last].own
+        if start != last or not self.BY_POSITION or not own or len(at) < len(sites):
+            return 0, 0
+        length = next(iter(own.values()))[0].shape[1]
+        for position in at:
+            if not -length <= position < length:
+                raise ValueError(f"there is no position {position}: {last!r} has {length}")
+        return min(position % length for position in at), length
+
+    def _places_own(self, name: str) -> bool:
+        """Whether positions at a point are those of its stack: not so of keys of another stack."""
+        return not self.hook_dict[(head_of(name) or (name,))[0]].of_source
+
+    def _behind_stacks(self) -> Iterator[nn.Module]:
+        """What stands behind the last stack."""
+        last = list(self.stacks)[-1]
+        for name, module in self.named_children():
+            if name not in self.stacks and self.GLUE.get(name, last) == last:
+                yield module
 
     def _check_reached(self, base: Base, site: str, start: tuple[str, Door | None]) -> None:
         stack, door = start

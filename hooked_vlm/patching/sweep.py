@@ -80,7 +80,12 @@ def activation_patching(
     chosen = as_metric(metric, model)
     runs, first = _runs(model, pairs, chosen, first_token)
     modules = list({_module(site.name): None for site in swept})
-    base = model.base_run(**runs[0].inputs(), names_filter=modules)
+    # One position of the logits will do, unless they are read, or patched, elsewhere.
+    inside = all(name.partition(".")[0] in model.stacks for name in modules)
+    record = partial(
+        model.base_run, names_filter=modules, logits_to_keep=int(inside and not chosen.whole)
+    )
+    base = record(**runs[0].inputs())
     if len(base.logits) < 2:
         raise ValueError(
             f"the pair gives {len(base.logits)} row of logits, not one for the clean and one for "
@@ -96,7 +101,7 @@ def activation_patching(
     with tqdm(total=values.size, desc="patching", unit="patch", disable=not progress) as bar:
         for pair, run in enumerate(runs):
             if pair:
-                base = model.base_run(**run.inputs(), names_filter=modules)
+                base = record(**run.inputs())
                 ends[:, pair] = as_numbers(run.metric(base.logits))
             for batch in _batches(model, cells, max_rows):
                 logits = _patched(model, base, batch, source, start)
@@ -264,7 +269,12 @@ def _batches(model: HookedVLM, cells: list[Cell], max_rows: int) -> Iterator[lis
     def place(cell: Cell) -> tuple[int, int, int]:
         return model.order_of(cell[1].name)
 
-    for _, group in groupby(sorted(cells, key=place), key=place):
+    def order(
+        cell: Cell,
+    ) -> tuple[Any, ...]:  # near positions together: a batch starts at the first
+        return place(cell), cell[1].position or 0
+
+    for _, group in groupby(sorted(cells, key=order), key=place):
         together = list(group)
         for first in range(0, len(together), max_rows):
             yield together[first : first + max_rows]
@@ -280,7 +290,8 @@ def _patched(model: HookedVLM, base: Base, batch: list[Cell], source: int, start
         (name, _writer(base.cache[name][base.rows(model.stack_of(name), from_row)], writes))
         for name, writes in by_module.items()
     ]
-    return model.resume(base, list(by_module), rows=[start] * len(batch), fwd_hooks=hooks)
+    sites = [replace(site, name=_module(site.name)) for _, site in batch]
+    return model.resume(base, sites, rows=[start] * len(batch), fwd_hooks=hooks)
 
 
 def _writer(value: Tensor, writes: list[tuple[int, Site]]) -> Callable[..., Tensor]:
@@ -288,16 +299,21 @@ def _writer(value: Tensor, writes: list[tuple[int, Site]]) -> Callable[..., Tens
     size = len(value)
 
     def write(activation: Tensor, hook: HookPoint) -> Tensor:
+        told = hook.ctx.get("positions")  # of a pass that begins later
+        begin = 0 if told is None else int(told[0])
         for row, site in writes:
             where: list[Any] = [slice(None)] * value.dim()
+            there = list(where)
             if site.head is not None and hook.head_axis is not None:
-                where[hook.head_axis] = site.head
+                where[hook.head_axis] = there[hook.head_axis] = site.head
             if site.position is not None:
                 axis = hook.pos_dim
                 if axis is None or not -value.shape[axis] <= site.position < value.shape[axis]:
                     raise ValueError(f"{site.name!r} has no position {site.position}")
-                where[axis] = site.position
-            activation[row * size : (row + 1) * size][tuple(where)] = value[tuple(where)]
+                where[axis] = site.position % value.shape[axis]
+                there[axis] = where[axis] - begin
+            rows = activation[row * size : (row + 1) * size]
+            rows[tuple(there)] = value[tuple(where)]
         return activation
 
     return write
