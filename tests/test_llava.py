@@ -196,8 +196,6 @@ def test_decompositions_sum_at_image_positions_too(member):
     assert error(middle, model.text.blocks[1].ln2(cache["text.blocks.1.hook_mlp_in"])) < 1e-12
     lens = text.accumulated_resid(apply_ln=True) @ model.W_U
     assert error(lens[-1], cache["hook_logits"]) < 1e-12
-    with pytest.raises(NotImplementedError, match="accumulated_resid"):
-        text.logit_lens()
     vision = cache.stack("vision")
     assert (
         error(

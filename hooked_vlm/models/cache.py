@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from copy import copy
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 import transformer_lens
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.utilities import get_act_name
 
 from hooked_vlm.config import ResNetConfig
@@ -66,9 +68,23 @@ class ActivationCache(transformer_lens.ActivationCache):
         return StackCache(self, name)
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
-        """The entries of some rows of the batch; see TransformerLens."""
+        """The entries of some rows of the batch; see TransformerLens.
+
+        Raises:
+            ValueError: stacks whose numbers of rows differ, as where texts have several images.
+        """
         rows = super().apply_slice_to_batch_dim(batch_slice)
         return ActivationCache(rows.cache_dict, self.model, rows.has_batch_dim)
+
+    def _batch_size(self) -> int:
+        # TransformerLens takes what most entries have. Here that may be the number of images.
+        sizes = {len(value) for value in self.cache_dict.values()} - {1}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the entries have {' or '.join(map(str, sorted(sizes)))} rows, since there are "
+                "not as many images as texts; cache.stack('text') has rows of one kind"
+            )
+        return sizes.pop() if sizes else 1
 
 
 class StackCache(transformer_lens.ActivationCache):
@@ -85,16 +101,13 @@ class StackCache(transformer_lens.ActivationCache):
             raise KeyError(f"no stack {name!r}; this model has {', '.join(stacks)}")
         prefix = f"{name}."
         self.name = name
-        self.cache_dict = {
-            key.removeprefix(prefix): value
-            for key, value in cache.cache_dict.items()
-            if key.startswith(prefix)
-        }
+        mine = {key: value for key, value in cache.cache_dict.items() if key.startswith(prefix)}
+        self._whole = ActivationCache(mine, cache.model, cache.has_batch_dim)
+        self.cache_dict = {key.removeprefix(prefix): value for key, value in mine.items()}
         self.model: Any = stacks[name]
         self.has_batch_dim = cache.has_batch_dim
         self.has_embed = "hook_embed" in self.cache_dict
         self.has_pos_embed = "hook_pos_embed" in self.cache_dict
-        self._whole = cache
 
     def __getitem__(self, key: Any) -> Tensor:
         if isinstance(key, tuple):
@@ -184,48 +197,92 @@ class StackCache(transformer_lens.ActivationCache):
         return read
 
     def logit_lens(self, **kwargs: Any) -> Any:
-        """Refuses: it is not there yet."""
-        self._refuse_lens("logit_lens")
+        """The stream after each layer through the final norm and the unembedding.
 
-    def logit_attrs(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses: it is not there yet."""
-        self._refuse_lens("logit_attrs")
+        The last entry of the stack is the model's logits. Only of the stack that the unembedding
+        reads, where its blocks are pre-norm.
 
-    def _refuse_lens(self, what: str) -> NoReturn:
-        if not self.model.pre_norm:
+        Args:
+            **kwargs: as in TransformerLens: `layers`, `incl_mid`, `positions` (by default the last
+                one, which may be padding), `batch_slice`, `targets`, `top_k`, `vocab`,
+                `return_type`, ...
+
+        Returns:
+            TransformerLens' `LogitLensResult`.
+        """
+        from transformer_lens.tools.analysis.logit_lens import logit_lens
+
+        return logit_lens(self._readout("logit_lens"), cache=self, **kwargs)
+
+    def logit_attrs(self, residual_stack: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What each component adds to the logits of tokens; see TransformerLens.
+
+        The final norm's gain is included: the attributions of a full decomposition, `b_U` of the
+        token and what the norm's bias adds (an RMS norm has none) sum to the token's logit. Only
+        of the stack that the unembedding reads, where its blocks are pre-norm.
+        """
+        read = copy(self)
+        read.model = self._readout("logit_attrs")
+        if residual_stack.dtype != torch.float64:  # small differences of large numbers
+            residual_stack = residual_stack.float()
+        return super(StackCache, read).logit_attrs(residual_stack, *args, **kwargs)
+
+    def _readout(self, what: str) -> SimpleNamespace:
+        """What TransformerLens asks of a model to read the stack's output as logits."""
+        stack, whole = self.model, self._whole.model
+        if not stack.pre_norm:
             self._refuse(what)
-        whole = self._whole.model
-        if "unembed" in whole._modules and self.name == list(whole.stacks)[-1]:
+        unembed = whole._modules.get("unembed")
+        if not isinstance(unembed, nn.Linear) or self.name != list(whole.stacks)[-1]:
             raise NotImplementedError(
-                f"{what} in {self.name!r} is not there yet; of a stack of streams, "
-                "accumulated_resid(apply_ln=True) @ model.W_U is the lens"
+                f"{what}: {self.name!r} has no unembedding to read its stream through"
             )
-        raise NotImplementedError(f"{self.name!r} has no unembedding to read its stream through")
+        return SimpleNamespace(
+            cfg=stack.cfg,
+            pre_norm=True,
+            ln_final=stack.ln_final,
+            unembed=unembed,
+            W_U=whole.W_U,
+            b_U=whole.b_U,
+            to_single_token=whole.to_single_token,
+            tokens_to_residual_directions=whole.tokens_to_residual_directions,
+        )
 
     def apply_ln_to_stack(
         self,
         residual_stack: Tensor,
         layer: int | None = None,
         mlp_input: bool = False,
-        *args: Any,
-        **kwargs: Any,
+        pos_slice: Any = None,
+        batch_slice: Any = None,
+        has_batch_dim: bool = True,
+        recompute_ln: bool = False,
     ) -> Tensor:
         """What the layer's norm makes of each component, gain included; pre-norm stacks only.
 
-        The components of a full decomposition plus the norm's bias sum to the norm's output.
+        The components of a full decomposition plus the norm's bias sum to the norm's output. Like
+        that, they have the dtype of the stream. With `recompute_ln` each component goes through
+        the final norm itself.
         """
         if not self.model.pre_norm:
             self._refuse("apply_ln")
-        final = layer is None or layer in (-1, self.model.cfg.n_layers)
-        if final and not hasattr(self.model, "ln_final"):
-            raise NotImplementedError(f"no norm follows the last block of {self.name!r} that runs")
-        scaled = super().apply_ln_to_stack(residual_stack, layer, mlp_input, *args, **kwargs)
-        if final and kwargs.get("recompute_ln", False):
-            return scaled  # went through the norm itself, bias and all
-        return scaled * self._gain(layer, mlp_input)
+        gain = self._gain(layer, mlp_input)
+        scaled = super().apply_ln_to_stack(
+            residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
+        )
+        if recompute_ln and self._behind_all(layer):
+            return scaled
+        return (scaled * gain).to(residual_stack.dtype)  # a scale is float32 in half precision
+
+    def _behind_all(self, layer: int | None) -> bool:
+        return layer in (None, -1, self.model.cfg.n_layers)
 
     def _gain(self, layer: int | None, mlp_input: bool) -> Tensor:
-        if layer is None or layer in (-1, self.model.cfg.n_layers):
+        if self._behind_all(layer):
+            if not hasattr(self.model, "ln_final"):
+                raise NotImplementedError(
+                    f"no norm follows the last block of {self.name!r} that runs"
+                )
             norm = self.model.ln_final
         else:
             norm = getattr(self.model.blocks[layer], "ln2" if mlp_input else "ln1")
