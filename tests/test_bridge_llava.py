@@ -82,7 +82,7 @@ def table(model):
                 f"{ours}.attn.hook_q_in": f"{theirs}.ln1.hook_out",
                 f"{ours}.attn.hook_kv_in": f"{theirs}.ln1.hook_out",
                 f"{ours}.hook_resid_mid": f"{theirs}.ln2.hook_in",
-                f"{ours}.hook_mlp_in": f"{theirs}.ln2.hook_in",  # the bridge's own is after ln2
+                f"{ours}.hook_mlp_in": f"{theirs}.ln2.hook_in",  # its own may be after it
             }
     return rows
 
