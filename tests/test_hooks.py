@@ -8,6 +8,7 @@ from whole_zoo import ZOO
 from zoo import BLIP, error
 
 from hooked_vlm import HookedVLM
+from hooked_vlm.components import memory
 
 ITM, CAPTIONING, VQA = BLIP
 WRITE_ONLY_IN_VAIN: dict[str, str] = {}  # points that cannot be written, with the reason: none
@@ -384,3 +385,25 @@ def test_forward_and_backward_hooks_share_a_point(model, inputs, name):
     (expected,) = torch.autograd.grad(logits[:, 1].sum(), leaf)
     assert len(seen) == len(leaf) == 1 and expected.abs().max() > 1e-6
     assert error(seen[0], expected, 0.0) < 1e-10
+
+
+def test_maps_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
+    """The numbers are those of a pattern and its scores: 2 * 3 * 2 * 8 * 8 of eight bytes."""
+    member = next(member for member in ZOO if member.task == "llava")
+    model, inputs = built(member), member.inputs(3, padded=False)
+    length = inputs["input_ids"].shape[1]
+    needed = 2 * 3 * 2 * length**2 * 8
+    monkeypatch.setattr(memory, "LARGE", 0)
+    for there, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(memory, "free", lambda device, there=there: there)
+        if fits:
+            model.run_with_cache(**inputs, names_filter="text.blocks.1.attn.hook_pattern")
+            continue
+        said = (
+            rf"{needed / 2**30:.1f} GiB are needed and {there / 2**30:.1f} GiB are free on cpu: "
+            rf"'text.blocks.1.attn.hook_pattern' is \[3, 2, {length}, {length}\]"
+        )
+        with pytest.raises(MemoryError, match=said):
+            model.run_with_cache(**inputs, names_filter="text.blocks.1.attn.hook_pattern")
+    model(**inputs)  # fused attention makes no map
+    assert model.list_hooks() == {}

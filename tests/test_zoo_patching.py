@@ -126,6 +126,25 @@ def test_positions_of_a_language_model(member, metric):
     assert abs(same.data - same.clean).max() < 1e-12
 
 
+@pytest.mark.parametrize("member", LLAVA, ids=str)
+def test_texts_with_two_images(member):
+    """Between prepared inputs; another image, or another word behind them."""
+    model = built(member)
+    clean, other = (
+        member.inputs(counts=(2,), padded=False, seed=seed, dtype=torch.float64) for seed in (0, 1)
+    )
+    word = clean | {"input_ids": other["input_ids"]}
+    for corrupt in (other, word):
+        sites = model.sites(["text.blocks.0.attn.heads.1.hook_z", "text.hook_embed"])
+        result = P.activation_patching(model, (clean, corrupt), sites, mean_logit, progress=False)
+        expected = torch.cat([loop(member, clean, corrupt, site) for site in result.sites])
+        assert error(torch.from_numpy(result.data.values.flatten()), expected) < 1e-10
+        assert (expected - result.corrupt.item()).abs().min() > 1e-9
+    one = member.inputs(1, padded=False)
+    with pytest.raises(ValueError, match="positions do not align"):
+        P.activation_patching(model, (clean, one), sites, mean_logit, progress=False)
+
+
 def test_the_zoo_is_whole():
     assert len({str(member) for member in ZOO}) == len(ZOO)
     assert {*FUSED, *CLIP, *LLAVA} == set(ZOO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooked_vlm.components.hook_point import HookPoint
+from hooked_vlm.components.memory import check_room
 from hooked_vlm.components.past import KeyValue, Past, consecutive, triangle
 from hooked_vlm.config import LlamaConfig, ResNetConfig, StackConfig
 
@@ -113,6 +115,7 @@ class Attention(nn.Module):
             parts = [(k, v)]
             if before is not None:
                 parts.insert(0, (before[0].transpose(1, 2), before[1].transpose(1, 2)))
+            self._check_room(q, sum(keys.shape[2] for keys, _ in parts))
             q = q * self.d_head**-0.5
             scores = torch.cat([_product(q, keys.mT) for keys, _ in parts], -1)
             blind = mask is not None or self.hook_attn_scores.written
@@ -135,6 +138,16 @@ class Attention(nn.Module):
             return self.hook_result(result).sum(2) + self.b_O
         out: Tensor = self.o(z.flatten(-2))
         return out
+
+    def _check_room(self, q: Float[Tensor, "batch head query d_head"], n_keys: int) -> None:
+        """Refuses scores and pattern that do not fit into memory."""
+        shape = [*q.shape[:3], n_keys]
+        check_room(
+            2 * math.prod(shape) * q.element_size(),
+            q.device,
+            f"{self.hook_pattern.name!r} is {shape}, and so are its scores; run fewer rows at a "
+            "time, or read scores and patterns of fewer layers",
+        )
 
     # TransformerLens' per-head weights: views of the released ones.
     @property

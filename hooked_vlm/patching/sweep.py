@@ -26,6 +26,7 @@ from hooked_vlm.patching.result import PatchingResult, label
 
 Direction = Literal["denoise", "noise"]
 Positions = Literal["each"] | int | Sequence[int] | None
+PER_IMAGE = ("pixel_values", "image_sizes")  # inputs with a row for each image
 Inputs = Mapping[str, Any]  # what `prepare` makes
 Cell = tuple[int, Site]  # where its value goes, and what it patches
 
@@ -86,9 +87,9 @@ def activation_patching(
         model.base_run, names_filter=modules, logits_to_keep=int(inside and not chosen.whole)
     )
     base = record(**runs[0].inputs())
-    if len(base.logits) < 2:
+    if len(base.logits) != 2:
         raise ValueError(
-            f"the pair gives {len(base.logits)} row of logits, not one for the clean and one for "
+            f"the pair gives {len(base.logits)} rows of logits, not one for the clean and one for "
             "the corrupt input; of a model whose rows are images, it needs a corrupt image"
         )
     at = _positions(model, positions, modules, base, runs)
@@ -187,21 +188,26 @@ def _joined(given: Sequence[Any]) -> Inputs:
     clean, corrupt = given
     if clean.keys() != corrupt.keys():
         raise ValueError(f"clean inputs have {sorted(clean)}, corrupt ones {sorted(corrupt)}")
+    images = [key for key in PER_IMAGE if key in clean and "input_ids" in clean]
+    shared = all(
+        clean[key].shape == corrupt[key].shape and torch.equal(clean[key], corrupt[key])
+        for key in images
+    )
     joined = {}
     for key, value in clean.items():
         other = corrupt[key]
-        if value.shape == other.shape and len(value) != 1:
+        rows = (1, 1) if key in images else (len(value), len(other))  # a text may have several
+        if rows[0] == rows[1] != 1:
             raise ValueError(
                 f"{key} has {len(value)} rows in the clean and in the corrupt inputs; prepare one "
                 "row each"
             )
-        if value.shape != other.shape or len(value) != 1:
+        if value.shape != other.shape or rows != (1, 1):
             raise ValueError(
                 f"positions do not align: {key} is {list(value.shape)} in the clean inputs and "
                 f"{list(other.shape)} in the corrupt ones; prepare one row each, of one length"
             )
-        shared = key == "pixel_values" and "input_ids" in clean and torch.equal(value, other)
-        joined[key] = value if shared else torch.cat([value, other])
+        joined[key] = value if shared and key in images else torch.cat([value, other])
     return joined
 
 
