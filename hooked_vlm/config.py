@@ -339,7 +339,7 @@ class CLIPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaConfig:
-    """A LLaVA-1.5 (arXiv 2310.03744).
+    """A LLaVA-1.5 (arXiv 2310.03744) or a LLaVA-NeXT, which reads tiles of an image, too.
 
     Attributes:
         vision: CLIP's image encoder, up to the block that is read.
@@ -353,6 +353,8 @@ class LlavaConfig:
         bos_token_id: first token of a text.
         eos_token_id: what ends a text.
         pad_token_id: what fills up shorter texts.
+        resolutions: (height, width) in pixels of what LLaVA-NeXT cuts into tiles, each of the size
+            of a picture of the image encoder; None for LLaVA-1.5.
         task: what the model does, always `llava`.
     """
 
@@ -366,9 +368,26 @@ class LlavaConfig:
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
     pad_token_id: int | None
+    resolutions: tuple[tuple[int, int], ...] | None = None
     task: Literal["llava"] = "llava"
+
+    def __post_init__(self) -> None:
+        if self.resolutions is None:
+            return
+        side = self.vision.image_size
+        odd = [size for size in self.resolutions if min(size) < 1 or any(x % side for x in size)]
+        if odd or not self.resolutions:
+            raise ValueError(
+                f"resolutions={self.resolutions}: it takes one at least, each of whole tiles of "
+                f"{side} x {side} pixels"
+            )
+        if self.feature_strategy == "full":
+            raise ValueError(
+                "feature_strategy='full' puts a class token among the rows of a tile: with "
+                "resolutions it is 'default'"
+            )
 
     @property
     def n_image_tokens(self) -> int:
-        """Positions of the language model that one image takes."""
+        """Positions of the language model that one image takes; of LLaVA-NeXT, one view of it."""
         return self.vision.n_ctx - (self.feature_strategy == "default")

@@ -313,7 +313,7 @@ def test_transformers_reads_what_is_written(member, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "llava_next"}, "LLaVA-NeXT .* cannot be opened yet"),
+        ({"model_type": "llava_next"}, "nothing fills 'image_newline'"),
         ({"model_type": "llava_llama"}, "LLaVA's own repository cannot be opened yet"),
         ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer is \[-2, -5\]"),
         ({"vision_feature_layer": -4}, "vision_feature_layer=-4 is behind none of the 3 blocks"),

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from zoo import Recorder, error
-from zoo_llava import LLAVA_PARITY, LONG, PATCHES, rms
+from zoo_llava import LLAVA_PARITY, LONG, NEXT_PARITY, PATCHES, rms
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 # Points that no module of the reference gives, or whose gradient is of another tensor there.
 ELSEWHERE = ("hook_scale", "hook_attn_scores", "hook_result", "hook_rot_q", "hook_rot_k")
 NO_GRADIENT = ("hook_q_in", "hook_kv_in", "hook_mlp_in", "hook_normalized", "vision.hook_embed")
-each = pytest.mark.parametrize("member", LLAVA_PARITY, ids=str)
+each = pytest.mark.parametrize("member", [*LLAVA_PARITY, *NEXT_PARITY], ids=str)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
@@ -179,8 +179,11 @@ def test_every_gradient(member, dtype):
 @each
 def test_projected_features(member, dtype):
     theirs, ours = member.pair(dtype)
-    pixels = member.inputs(2, dtype=dtype)["pixel_values"]
+    inputs = member.inputs(4, dtype=dtype)
+    images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
     with torch.no_grad():
-        expected = torch.stack(list(theirs.get_image_features(pixels).pooler_output))
-    assert expected.shape[1] == ours.cfg.n_image_tokens == member.size
-    assert error(ours.get_image_features(pixels), expected) < TOLERANCE[dtype]
+        expected = theirs.get_image_features(**images).pooler_output
+    found = ours.get_image_features(**images)
+    assert len(found) == len(expected) == 4 and ours.cfg.n_image_tokens == member.size
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape and error(one, other) < TOLERANCE[dtype]

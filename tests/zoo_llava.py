@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers.models.llama import modeling_llama
+from transformers.models.llava_next import modeling_llava_next as modeling_next
 from transformers.models.mistral import modeling_mistral
 from zoo import Reference, randomize, same
 from zoo_clip import blocks, patches, standard
@@ -69,6 +70,8 @@ class LlavaMember:
         layer: which entry of the hidden states is read.
         strategy: `default` or `full`.
         left: whether padding stands on the left.
+        resolutions: (height, width) of what LLaVA-NeXT tiles; None for LLaVA-1.5.
+        pictures: (height, width) of the images, in turn.
     """
 
     vision: tuple[int, int, int] = (12, 3, 3)
@@ -82,6 +85,8 @@ class LlavaMember:
     patch: int = 8
     vocab: int = 37
     tied: bool = False
+    resolutions: tuple[tuple[int, int], ...] | None = None
+    pictures: tuple[tuple[int, int], ...] = ((40, 90),)
 
     task = "llava"
 
@@ -89,7 +94,8 @@ class LlavaMember:
         sizes = ("x".join(map(str, part)) for part in (self.vision, self.text))
         side = "left" if self.left else "right"
         rest = (self.language, self.window, self.layer, self.strategy, side)
-        return "-".join(["llava", *sizes, *map(str, rest)])
+        name = "llava" if self.resolutions is None else "next"
+        return "-".join([name, *sizes, *map(str, rest)])
 
     @property
     def image_token(self) -> int:
@@ -97,8 +103,25 @@ class LlavaMember:
 
     @property
     def size(self) -> int:
-        """Tokens of an image."""
+        """Features of a view, of LLaVA-1.5 the tokens of an image."""
         return (self.image // self.patch) ** 2 + (self.strategy == "full")
+
+    def views(self, picture: tuple[int, int]) -> int:
+        """Views of an image, as transformers counts them."""
+        if self.resolutions is None:
+            return 1
+        sizes = [list(size) for size in self.resolutions]
+        return modeling_next.image_size_to_num_patches(picture, sizes, self.image)
+
+    def tokens(self, picture: tuple[int, int]) -> int:
+        """Tokens of an image, as transformers counts its features."""
+        if self.resolutions is None:
+            return self.size
+        sizes, grid = [list(size) for size in self.resolutions], self.image // self.patch
+        rows, columns = modeling_next.get_anyres_image_grid_shape(picture, sizes, self.image)
+        whole = torch.empty(1, rows * grid, columns * grid)
+        _, height, width = modeling_next.unpad_image(whole, picture).shape
+        return self.size + height * (width + 1)
 
     @property
     def reads(self) -> int:
@@ -124,7 +147,11 @@ class LlavaMember:
         }
         if self.language == "mistral":
             text["sliding_window"] = self.window
-        config = transformers.LlavaConfig(
+        name, more = "Llava", {}
+        if self.resolutions is not None:
+            name, more = "LlavaNext", {"image_grid_pinpoints": list(map(list, self.resolutions))}
+        config = getattr(transformers, f"{name}Config")(
+            **more,
             vision_config={
                 "model_type": "clip_vision_model",
                 "hidden_size": dv,
@@ -142,7 +169,7 @@ class LlavaMember:
             tie_word_embeddings=self.tied,
             attn_implementation="eager",
         )
-        model = transformers.LlavaForConditionalGeneration(config).eval()
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
         randomize(model, None)
         return model
 
@@ -170,15 +197,20 @@ class LlavaMember:
         """
         generator = torch.Generator().manual_seed(seed)
         each = counts or (1,) * rows
-        shape = (images or sum(each), 3, self.image, self.image)
+        n_images = images or sum(each)
+        pictures = [self.pictures[image % len(self.pictures)] for image in range(n_images)]
+        shape: tuple[int, ...] = (n_images, 3, self.image, self.image)
+        if self.resolutions is not None:  # what fills up is noise, too: nobody may read it
+            shape = (n_images, max(map(self.views, pictures), default=0), *shape[1:])
         pixels = torch.randn(shape, generator=generator).to(dtype)
-        texts = []
+        texts, left = [], iter(pictures * (len(each) if n_images != sum(each) else 1))
         for row, count in enumerate(each):
             length = 4 - row % 3 if padded else 3
             words = torch.randint(3, self.image_token, (2, length), generator=generator)
-            block = torch.full((self.size,), self.image_token)
-            parts = [words[0, :1], *[block] * min(count, 1), words[1], *[block] * (count - 1)]
-            texts.append(torch.cat(parts))
+            blocks = [
+                torch.full((self.tokens(next(left)),), self.image_token) for _ in range(count)
+            ]
+            texts.append(torch.cat([words[0, :1], *blocks[:1], words[1], *blocks[1:]]))
         longest = max(map(len, texts))
         ids = torch.zeros(len(each), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -186,18 +218,34 @@ class LlavaMember:
             where = slice(longest - len(text), None) if self.left else slice(len(text))
             ids[row, where], mask[row, where] = text, 1
         inputs = {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask}
-        return inputs if len(pixels) else {k: v for k, v in inputs.items() if k != "pixel_values"}
+        if self.resolutions is not None:
+            inputs["image_sizes"] = torch.tensor(pictures)
+        return (
+            inputs if n_images else {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        )
 
     def chosen(self, inputs: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
-        """Some rows of the inputs, with their images, of which one may serve all."""
-        ids, pixels = inputs["input_ids"], inputs["pixel_values"]
-        counts = (ids == self.image_token).sum(1) // self.size
-        found = {k: v[rows] for k, v in inputs.items() if k != "pixel_values"}
-        if len(pixels) != counts.sum():
-            return found | {"pixel_values": pixels}
-        parts = pixels.split(counts.tolist())
-        pixels = torch.cat([parts[row] for row in rows])
-        return found | {"pixel_values": pixels} if len(pixels) else found
+        """Some rows of the inputs, with their images, of which some may serve all."""
+        images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+        found = {name: value[rows] for name, value in inputs.items() if name not in images}
+        left = (
+            [self.tokens(size) for size in inputs["image_sizes"].tolist()]
+            if ("image_sizes" in inputs)
+            else [self.size] * len(inputs["pixel_values"])
+        )
+        tokens = (inputs["input_ids"] == self.image_token).sum(1).tolist()
+        if sum(tokens) != sum(left):
+            return found | images
+        own, first = [], 0  # the images of each row
+        for n_tokens in tokens:
+            last = first
+            while n_tokens:
+                n_tokens -= left[last]
+                last += 1
+            own.append(list(range(first, last)))
+            first = last
+        at = [image for row in rows for image in own[row]]
+        return found | {name: value[at] for name, value in images.items() if at}
 
     def table(self) -> dict[str, Reference]:
         """For each of our hook names the tensor of the reference that it must equal."""
@@ -245,7 +293,15 @@ class LlavaMember:
 LLAMA = LlavaMember()
 # Grouped queries whose heads are no share of the width, a window shorter than the text.
 MISTRAL = LlavaMember((15, 2, 3), (12, 2, 4, 2, 6), "mistral", window=6, layer=-1, left=False)
-LLAVA = [LLAMA, MISTRAL]  # what the general tests run on
+# Images of three tiles and of two, and what is around them left out.
+NEXT = LlavaMember(
+    (12, 2, 3),
+    (12, 2, 4, 2, 6),
+    "mistral",
+    resolutions=((16, 32), (32, 16), (32, 32), (48, 16), (16, 48)),
+    pictures=((20, 65), (33, 17)),
+)
+LLAVA = [LLAMA, MISTRAL, NEXT]  # what the general tests run on
 # Further shapes, for parity with the reference.
 LLAVA_PARITY = [
     LLAMA,
@@ -254,6 +310,24 @@ LLAVA_PARITY = [
     LlavaMember((16, 4, 2), (24, 3, 6, 2, 4), layer=-3, tied=True),
     LlavaMember((15, 2, 3), (12, 3, 4, 1, 6), "mistral", window=5, strategy="full"),
     LlavaMember((15, 3, 3), (12, 1, 4, 4, 4), "mistral", window=None),
+]
+# LLaVA-NeXT: wide and tall, square, of the proportions of a resolution, smaller than a tile.
+NEXT_PARITY = [
+    NEXT,
+    LlavaMember(
+        left=False,
+        patch=4,
+        resolutions=((16, 32), (32, 16), (32, 32), (48, 16), (16, 48)),
+        pictures=((40, 21), (9, 100), (5, 5)),
+    ),
+    LlavaMember(
+        (15, 2, 3),
+        tied=True,
+        image=12,
+        patch=4,
+        resolutions=((24, 24), (12, 36)),
+        pictures=((1, 90), (300, 1), (24, 24), (30, 20)),
+    ),
 ]
 # As many image tokens as in LLaVA-1.5.
 LONG = [

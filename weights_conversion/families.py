@@ -25,6 +25,7 @@ TYPES: dict[str, Family] = {
     "clip": "clip",
     "hooked_clip": "clip",
     "llava": "llava",
+    "llava_next": "llava",
 }
 PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
 ORIGINAL_LLAVA = (
@@ -33,8 +34,6 @@ ORIGINAL_LLAVA = (
 )
 # Relatives that cannot be opened yet, and what can.
 UNREAD = {
-    "llava_next": "LLaVA-NeXT (model_type 'llava_next') cannot be opened yet; HookedLlava opens "
-    "LLaVA-1.5, such as llava-hf/llava-1.5-7b-hf",
     "llava_llama": ORIGINAL_LLAVA,
     "llava_mistral": ORIGINAL_LLAVA,
 }

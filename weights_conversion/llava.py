@@ -42,7 +42,9 @@ def read(
             "folder that holds both"
         )
     try:
-        full = transformers.LlavaConfig.from_dict(dict(hf_config)).to_dict()
+        next_ = hf_config["model_type"] == "llava_next"
+        kind = transformers.LlavaNextConfig if next_ else transformers.LlavaConfig
+        full = kind.from_dict(dict(hf_config)).to_dict()
         cfg = llava_hf.config(full)
     except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise ConversionError(
@@ -53,7 +55,12 @@ def read(
 
 def write(cfg: LlavaConfig) -> tuple[dict[str, Any], list[Rule]]:
     """The `config.json` to write and its table."""
-    config = transformers.LlavaConfig(
-        **llava_hf.fields(cfg), architectures=["LlavaForConditionalGeneration"]
-    )
+    fields = llava_hf.fields(cfg)
+    config: transformers.PreTrainedConfig
+    if cfg.resolutions is None:
+        architectures = ["LlavaForConditionalGeneration"]
+        config = transformers.LlavaConfig(**fields, architectures=architectures)
+    else:
+        architectures = ["LlavaNextForConditionalGeneration"]
+        config = transformers.LlavaNextConfig(**fields, architectures=architectures)
     return config.to_dict(), llava_hf.rules(cfg)

@@ -1,7 +1,7 @@
-"""The layouts of `transformers`' LlavaForConditionalGeneration, versions 4 and 5.
+"""The layouts of `transformers`' LLaVA and LLaVA-NeXT, versions 4 and 5.
 
-They differ in where the three parts are. Source: `modeling_llava.py`, `modeling_llama.py` and
-`conversion_mapping.py` of transformers 5.23.
+They differ in where the three parts are. Source: `modeling_llava.py`, `modeling_llava_next.py`,
+`modeling_llama.py` and `conversion_mapping.py` of transformers 5.23.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def rules(cfg: LlavaConfig, names: Iterable[str] = ()) -> list[Rule]:
         rename(f"{vision}.post_layernorm.{{p}}", "vision.unread.ln_final.{p}"),
         rename(f"{model}multi_modal_projector.linear_1.{{p}}", "projector.fc_in.{p}"),
         rename(f"{model}multi_modal_projector.linear_2.{{p}}", "projector.fc_out.{p}"),
+        *[rename(f"{model}image_newline", "image_newline")] * (cfg.resolutions is not None),
         rename(embed, "text.embed.weight"),
         *_block(f"{text}.layers.{{l}}", "text.blocks.{l}"),
         rename(f"{text}.norm.weight", "text.ln_final.weight"),
@@ -61,7 +62,10 @@ def _block(theirs: str, ours: str) -> list[Rule]:
 
 
 def config(hf: Mapping[str, Any]) -> LlavaConfig:
-    """Our configuration of a `transformers.LlavaConfig`, as a dictionary with all its defaults.
+    """Our configuration of a `LlavaConfig` or `LlavaNextConfig` of transformers.
+
+    Args:
+        hf: it, as a dictionary with all its defaults.
 
     Raises:
         ValueError: parts or options that HookedLlava does not know.
@@ -89,6 +93,7 @@ def config(hf: Mapping[str, Any]) -> LlavaConfig:
             f"{odd[0] if odd else 'a projector without biases'} is of no released model, and not "
             "supported"
         )
+    tiled = hf["model_type"] == "llava_next"
     return LlavaConfig(
         vision=VisionConfig(
             **clip_hf.sizes(vision) | {"n_layers": reads},
@@ -117,6 +122,7 @@ def config(hf: Mapping[str, Any]) -> LlavaConfig:
         feature_strategy=hf["vision_feature_select_strategy"],
         projector_activation=hf["projector_hidden_act"],
         tied=hf["tie_word_embeddings"],
+        resolutions=tuple((h, w) for h, w in hf["image_grid_pinpoints"]) if tiled else None,
         bos_token_id=text["bos_token_id"],
         eos_token_id=text["eos_token_id"],
         # Released files have it beside the language model's.
@@ -149,7 +155,9 @@ def fields(cfg: LlavaConfig) -> dict[str, Any]:
     }
     if cfg.language == "mistral":
         language["sliding_window"] = text.sliding_window
+    resolutions = {} if cfg.resolutions is None else {"image_grid_pinpoints": cfg.resolutions}
     return {
+        **{name: list(map(list, sizes)) for name, sizes in resolutions.items()},
         "vision_config": {
             **clip_hf.fields(vision),
             "model_type": "clip_vision_model",

@@ -7,8 +7,9 @@ at a site can reach.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,17 +33,45 @@ class Merge:
 
     Attributes:
         source: the stack whose output it is, [rows, pos, d_model].
-        places: [batch, pos], True for the tokens, in the order of the output's positions.
+        places: [batch, pos], True for the tokens.
         rows: for each row of the batch the rows of the output that stand in it, in order.
+        read: for each row of the batch which positions of those rows, counted through, stand at
+            its places; -1 is the newline. None where all of them do, in order.
+        newline: [d_model], what stands between rows of a picture.
     """
 
     source: str
     places: Tensor
     rows: Sequence[Tensor]
+    read: Sequence[Tensor] | None = None
+    newline: Tensor | None = None
 
     def of(self, rows: Tensor) -> Merge:
         """The same, for rows chosen from the batch."""
-        return replace(self, places=self.places[rows], rows=[self.rows[row] for row in rows])
+        read = None if self.read is None else [self.read[row] for row in rows]
+        merged = [self.rows[row] for row in rows]
+        return replace(self, places=self.places[rows], rows=merged, read=read)
+
+    def standing(self, features: Tensor) -> Tensor:
+        """What stands at the places, [place, d_model], of the rows' features, row after row."""
+        flat = features.flatten(0, 1)
+        if self.read is None or self.newline is None:
+            return flat
+        read = joined(self.read, (len(rows) * features.shape[1] for rows in self.rows))
+        return torch.cat([flat, self.newline[None].to(flat)])[read]  # -1 is the last
+
+
+def joined(read: Sequence[Tensor], sizes: Iterable[int]) -> Tensor:
+    """Indices into several tensors as those into the tensors one behind the other; -1 stays.
+
+    Args:
+        read: for each tensor some indices, one tensor of them at least.
+        sizes: how long each tensor is.
+    """
+    starts = accumulate(sizes, initial=0)
+    return torch.cat(
+        [torch.where(one < 0, one, one + start) for one, start in zip(read, starts, strict=False)]
+    )
 
 
 @dataclass
@@ -183,7 +212,7 @@ class Flow:
         if merge is None:
             return self.stacks[name].embeddings(inputs, grad=self.grad)
         stack: Any = self.stacks[name]
-        features = self._features(name, merge).flatten(0, 1)
+        features = merge.standing(self._features(name, merge))
         x: Tensor = stack.embeddings(inputs, grad=self.grad, features=features, places=merge.places)
         return x
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
+from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -23,7 +25,7 @@ from hooked_vlm.components.stack import LlamaStack, VisionStack
 from hooked_vlm.config import LlavaConfig
 from hooked_vlm.hub import Located
 from hooked_vlm.models.base import HookedVLM
-from hooked_vlm.models.flow import Flow, Merge, Recording
+from hooked_vlm.models.flow import Flow, Merge, Recording, joined
 from hooked_vlm.models.generation import Prefix, StepHooks, Writer
 from hooked_vlm.models.inputs import (
     Geometry,
@@ -33,6 +35,7 @@ from hooked_vlm.models.inputs import (
     token_map,
     visible,
 )
+from hooked_vlm.models.tiling import Tiling
 from weights_conversion import llava as layout
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ class HookedLlava(HookedVLM):
     GLUE: ClassVar[dict[str, str]] = {"projector": "vision", "hook_image_embeds": "vision"}
 
     cfg: LlavaConfig
+    image_newline: nn.Parameter | None  # [d_model], behind each row of a picture's tiles
 
     def __init__(self, cfg: LlavaConfig):
         super().__init__(cfg)
@@ -64,6 +68,8 @@ class HookedLlava(HookedVLM):
         self.unembed = nn.Linear(cfg.text.d_model, cfg.text.d_vocab, bias=False)
         if cfg.tied:
             self.unembed.weight = self.text.embed.weight
+        newline = None if cfg.resolutions is None else nn.Parameter(torch.zeros(cfg.text.d_model))
+        self.register_parameter("image_newline", newline)
         self.hook_logits = HookPoint()  # [batch, pos, d_vocab]
         self.requires_grad_(False)
         self.setup()
@@ -82,11 +88,12 @@ class HookedLlava(HookedVLM):
 
     def forward(
         self,
-        pixel_values: Float[Tensor, "image 3 height width"] | None = None,
+        pixel_values: Float[Tensor, "image *tile 3 height width"] | None = None,
         input_ids: Int[Tensor, "batch pos"] | None = None,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         return_type: Literal["logits", "loss"] | None = "logits",
         *,
+        image_sizes: Int[Tensor, "image 2"] | None = None,
         logits_to_keep: int = 0,
         prefix: Prefix | None = None,
     ) -> Tensor | None:
@@ -94,11 +101,14 @@ class HookedLlava(HookedVLM):
 
         Args:
             pixel_values: the images of all texts, in order, or those that every text reads; None
-                for texts without an image.
+                for texts without an image. Of LLaVA-NeXT the views of each, the whole image first,
+                filled up to the largest number of them.
             input_ids: texts, with as many image tokens as the images have features.
             attention_mask: 1 for a token, 0 for padding, on either side; all ones by default.
             return_type: `logits`; `loss` for the mean cross-entropy of the next token over those
                 that are neither padding nor of an image; None for nothing.
+            image_sizes: height and width of each image as it was before it became pixels of the
+                model; of LLaVA-NeXT alone.
             logits_to_keep: of how many of the last positions to make logits; 0 for all.
             prefix: from `prefill`, what stands before the texts: one row, or one for each. Hooks
                 see the new positions only, `hook.ctx["positions"]` holds their absolute numbers.
@@ -114,6 +124,7 @@ class HookedLlava(HookedVLM):
             pixel_values=pixel_values,
             input_ids=input_ids,
             attention_mask=attention_mask,
+            image_sizes=image_sizes,
             prefix=prefix,
         )
         if return_type == "logits":
@@ -137,12 +148,13 @@ class HookedLlava(HookedVLM):
         pixel_values: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
         if input_ids is None:
             raise ValueError("input_ids is missing: model.prepare(images, text) makes it of texts")
         self._check_text("input_ids", input_ids, attention_mask)
-        merge = self._see(flow, pixel_values, input_ids)
+        merge = self._see(flow, pixel_values, image_sizes, input_ids)
         if prefix is None:
             return self._read(flow, input_ids, attention_mask, merge)
         if type(flow) is not Flow:
@@ -151,15 +163,6 @@ class HookedLlava(HookedVLM):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = torch.cat([prefix.attention_mask[prefix.rows(len(mask))], mask], 1)
         return self._read(flow, input_ids, mask, merge, before)
-
-    def _see(self, flow: Flow, pixel_values: Tensor | None, input_ids: Tensor) -> Merge | None:
-        """Reads the images, and says where in the texts they stand; None without images."""
-        places = input_ids == self.cfg.image_token_id
-        images = self._images_of(places, 0 if pixel_values is None else len(pixel_values))
-        if pixel_values is None:
-            return None
-        flow.stack("vision", pixel_values, after=self._project)
-        return Merge("vision", places, images)
 
     def _read(
         self,
@@ -194,46 +197,138 @@ class HookedLlava(HookedVLM):
             )
             return self.hook_logits(self.unembed(states[:, flow.readout]))
 
+    def _see(
+        self,
+        flow: Flow,
+        pixel_values: Tensor | None,
+        image_sizes: Tensor | None,
+        input_ids: Tensor,
+    ) -> Merge | None:
+        """Runs the image encoder and the projector.
+
+        Args:
+            flow: the pass.
+            pixel_values: as in `forward`.
+            image_sizes: as in `forward`.
+            input_ids: the texts, image tokens included.
+
+        Returns:
+            What of the features stands at which places; None without images.
+
+        Raises:
+            ValueError: image tokens and features do not match.
+        """
+        places = input_ids == self.cfg.image_token_id
+        tilings = self._tilings(pixel_values, image_sizes)
+        read = self._shown(tilings, places.device)
+        images = self._images_of(places, list(map(len, read)))
+        if pixel_values is None:
+            return None
+        views = [1 if tiling is None else tiling.n_views for tiling in tilings]
+        flow.stack("vision", _real(pixel_values, views), after=self._project)
+        rows = torch.arange(sum(views), device=places.device).split(views)
+        empty = rows[0][:0]
+        merge = Merge(
+            "vision", places, [torch.cat([empty, *rows[of.start : of.stop]]) for of in images]
+        )
+        if self.image_newline is None:
+            return merge
+        sizes = [n * self.cfg.n_image_tokens for n in views]
+        shown = [
+            joined([empty, *read[of.start : of.stop]], [0, *sizes[of.start : of.stop]])
+            for of in images
+        ]
+        return replace(merge, read=shown, newline=self.image_newline)
+
     def _project(self, x: Tensor) -> Tensor:
         first = 1 if self.cfg.feature_strategy == "default" else 0
         return self.hook_image_embeds(self.projector(x[:, first:]))
 
-    def _images_of(self, places: Tensor, n_images: int) -> list[Tensor]:
+    def _tilings(
+        self, pixel_values: Tensor | None, image_sizes: Tensor | None
+    ) -> list[Tiling | None]:
+        """How each image is tiled; None for one that is not."""
+        cfg = self.cfg
+        n_images, n_sizes = (0 if x is None else len(x) for x in (pixel_values, image_sizes))
+        if cfg.resolutions is None:
+            if n_sizes:
+                raise ValueError("image_sizes is for LLaVA-NeXT, this is a LLaVA-1.5; leave it out")
+            return [None] * n_images
+        if n_images != n_sizes:
+            raise ValueError(
+                f"there are {n_images} images and {n_sizes} image_sizes; LLaVA-NeXT tiles an image "
+                "by its own height and width: model.prepare(images, text) gives both"
+            )
+        if pixel_values is None or image_sizes is None:
+            return []
+        sizes = [(height, width) for height, width in image_sizes.tolist()]
+        tilings = [Tiling.of(size, cfg.resolutions, cfg.vision.image_size) for size in sizes]
+        most = max((tiling.n_views for tiling in tilings), default=0)
+        if pixel_values.dim() != 5 or pixel_values.shape[1] < most:
+            raise ValueError(
+                f"pixel_values is {list(pixel_values.shape)}; images of (height, width) {sizes} "
+                f"have up to {most} views: [image, view, 3, height, width]"
+            )
+        return [*tilings]
+
+    def _shown(self, tilings: Sequence[Tiling | None], device: torch.device) -> list[Tensor]:
+        """For each image which features of its views, counted through, stand among the tokens."""
+        whole = torch.arange(self.cfg.n_image_tokens, device=device)
+        grid = self.cfg.vision.grid
+        return [whole if one is None else one.read(grid, device) for one in tilings]
+
+    def _images_of(self, places: Tensor, sizes: list[int]) -> list[range]:
         """For each text the images in it.
 
         Args:
             places: [batch, pos], True for an image token.
-            n_images: how many images there are.
+            sizes: how many image tokens each image takes.
         """
-        tokens, size = places.sum(1), self.cfg.n_image_tokens
-        images = torch.arange(n_images, device=places.device)
-        counts = tokens // size
-        if not (tokens % size).any():
-            if counts.sum() == n_images:
-                return list(images.split(counts.tolist()))
-            if n_images and (counts == n_images).all():
-                return [images] * len(places)
+        tokens = places.sum(1).tolist()
+        ends, bounds = (list(accumulate(some, initial=0)) for some in (sizes, tokens))
+        if ends[-1] == bounds[-1] and set(bounds) <= set(ends):
+            at = [ends.index(bound) for bound in bounds]
+            return list(map(range, at, at[1:]))
+        if sizes and set(tokens) == {ends[-1]}:
+            return [range(len(sizes))] * len(tokens)
+        kinds = ", ".join(map(str, dict.fromkeys(sizes))) or self.cfg.n_image_tokens
         raise ValueError(
-            f"the {len(places)} texts of input_ids hold {tokens.tolist()} image tokens "
-            f"({self.cfg.image_token_id}), but there are {n_images} images of {size} features "
+            f"the {len(places)} texts of input_ids hold {tokens} image tokens "
+            f"({self.cfg.image_token_id}), but there are {len(sizes)} images of {kinds} features "
             "each; model.prepare(images, text) puts the right number"
         )
 
     def get_image_features(
-        self, pixel_values: Float[Tensor, "image 3 height width"]
-    ) -> Float[Tensor, "image image_pos d_model"]:
-        """What the language model reads of images: the projector's output."""
+        self,
+        pixel_values: Float[Tensor, "image *tile 3 height width"],
+        image_sizes: Int[Tensor, "image 2"] | None = None,
+    ) -> list[Float[Tensor, "image_pos d_model"]]:
+        """What the language model reads of images, one by one.
+
+        Of LLaVA-1.5 that is the projector's output, of LLaVA-NeXT what is read of it, with the
+        newlines.
+
+        Args:
+            pixel_values: as in `forward`.
+            image_sizes: as in `forward`.
+        """
+        read = self._shown(self._tilings(pixel_values, image_sizes), pixel_values.device)
+        sizes = list(map(len, read))
         flow = Flow(self.stacks, self._grad_wanted)
-        return flow.stack("vision", pixel_values, after=self._project)
+        ids = torch.full((1, sum(sizes)), self.cfg.image_token_id, device=pixel_values.device)
+        merge = self._see(flow, pixel_values, image_sizes, ids)
+        return [] if merge is None else list(merge.standing(flow.outputs["vision"]).split(sizes))
 
     # --- writing
 
     @torch.no_grad()
     def prefill(
         self,
-        pixel_values: Float[Tensor, "image 3 height width"] | None = None,
+        pixel_values: Float[Tensor, "image *tile 3 height width"] | None = None,
         input_ids: Int[Tensor, "batch pos"] | None = None,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
+        *,
+        image_sizes: Int[Tensor, "image 2"] | None = None,
     ) -> Prefix:
         """Reads the beginning of texts once, for `forward` and `generate` to continue many times.
 
@@ -243,6 +338,7 @@ class HookedLlava(HookedVLM):
             pixel_values: as in `forward`.
             input_ids: as in `forward`.
             attention_mask: as in `forward`.
+            image_sizes: as in `forward`.
 
         Raises:
             ValueError: as in `forward`.
@@ -253,6 +349,7 @@ class HookedLlava(HookedVLM):
             pixel_values=pixel_values,
             input_ids=input_ids,
             attention_mask=attention_mask,
+            image_sizes=image_sizes,
         )
         assert input_ids is not None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -261,10 +358,11 @@ class HookedLlava(HookedVLM):
     @torch.no_grad()
     def generate(
         self,
-        pixel_values: Float[Tensor, "image 3 height width"] | None = None,
+        pixel_values: Float[Tensor, "image *tile 3 height width"] | None = None,
         input_ids: Int[Tensor, "batch pos"] | None = None,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         *,
+        image_sizes: Int[Tensor, "image 2"] | None = None,
         prefix: Prefix | None = None,
         fwd_hooks: StepHooks = (),
         **generation: Any,
@@ -280,6 +378,7 @@ class HookedLlava(HookedVLM):
             pixel_values: as in `forward`.
             input_ids: prompts, padded on the left; with `prefix`, what follows it, or None.
             attention_mask: 1 for a token, 0 for padding; all ones by default.
+            image_sizes: as in `forward`.
             prefix: from `prefill`, what stands before; it can be continued again.
             fwd_hooks: hooks of every step, or a function from the step's number, from 0, to its
                 hooks.
@@ -317,7 +416,7 @@ class HookedLlava(HookedVLM):
                     past.spread(len(ids))
                 each = len(ids) // n_rows  # beams of a prompt
                 rows = torch.arange(len(ids), device=self.device) // each
-                merge = self._see(flow, pixel_values, ids[::each])
+                merge = self._see(flow, pixel_values, image_sizes, ids[::each])
                 merge = None if merge is None else merge.of(rows)
             return self._read(flow, ids, mask, merge, past)
 
@@ -447,9 +546,19 @@ class HookedLlava(HookedVLM):
         """
         places = inputs["input_ids"] == self.cfg.image_token_id
         n_ctx, size = self.cfg.vision.n_ctx, self.cfg.n_image_tokens
-        standing = {
-            (row, position): (int(images[index // size]), n_ctx - size + index % size)
-            for row, images in enumerate(self._images_of(places, len(inputs["pixel_values"])))
-            for index, position in enumerate(places[row].nonzero().flatten().tolist())
-        }
+        tilings = self._tilings(inputs.get("pixel_values"), inputs.get("image_sizes"))
+        read = [one.tolist() for one in self._shown(tilings, places.device)]
+        standing = {}
+        for row, images in enumerate(self._images_of(places, list(map(len, read)))):
+            features = [(image, feature) for image in images for feature in read[image]]
+            at = places[row].nonzero().flatten().tolist()
+            for position, (image, feature) in zip(at, features, strict=True):
+                standing[row, position] = (image, n_ctx - size + feature % size)
         return token_map(inputs, self.cfg.vision.grid, self.to_str_tokens, self.stacks, standing)
+
+
+def _real(pixel_values: Tensor, views: list[int]) -> Tensor:
+    """The images' own views, one behind the other, without what fills up their number."""
+    if pixel_values.dim() == 4:
+        return pixel_values
+    return torch.cat([image[:n] for image, n in zip(pixel_values, views, strict=True)])
