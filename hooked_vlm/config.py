@@ -344,7 +344,8 @@ class LlavaConfig:
     Attributes:
         vision: CLIP's image encoder, up to the block that is read.
         text: the language model.
-        language: whose it is, which decides on its `config.json` alone.
+        language: whose it is, which decides on its `config.json`, and on the prompt where the
+            processor has no template.
         image_token_id: the token in whose place a feature of an image is read.
         feature_strategy: which positions of the image encoder are read: `default` leaves out the
             class token, `full` reads it too.

@@ -5,51 +5,17 @@ import json
 import pytest
 import torch
 import transformers
+from llava_processors import TEMPLATE, processor
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
 from zoo import error
-from zoo_llava import LLAMA, LLAVA_PARITY, MISTRAL, LlavaMember
+from zoo_llava import LLAMA, LLAVA_PARITY, MISTRAL, NEXT_PARITY, LlavaMember
 
 from hooked_vlm import HookedCLIP, HookedLlava, HookedVLM, checking
 from hooked_vlm.config import LlamaConfig
 from weights_conversion import ConversionError, InMemory, llava, plan
 
 each = pytest.mark.parametrize("member", [LLAMA, MISTRAL], ids=str)
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "USER", ":", "ASSISTANT", "what", "is", "it", "?", "red"]
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}Q: {% for c in m['content'] %}{% if c['type'] == "
-    "'image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %} A:{% endfor %}"
-)
-
-
-def processor(chat_template=None, additional=1, strategy="default", side="left"):
-    vocabulary = {word: i for i, word in enumerate([*WORDS, "Q", "A"])}
-    vocabulary |= {f"w{i}": i for i in range(len(vocabulary), 36)} | {"<image>": 36}
-    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    plain.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=plain,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-        padding_side=side,
-    )
-    images = transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-    )
-    return transformers.LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=additional,
-        chat_template=chat_template,
-    )
 
 
 @pytest.fixture
@@ -247,7 +213,7 @@ def layouts(state):
 
 
 @pytest.mark.parametrize("layout", "BCDE")
-@pytest.mark.parametrize("member", LLAVA_PARITY, ids=str)
+@pytest.mark.parametrize("member", [*LLAVA_PARITY, *NEXT_PARITY], ids=str)
 def test_every_layout_is_read(member, layout, tmp_path):
     theirs, ours = member.pair(torch.float32)
     names = layouts(theirs.state_dict())[layout]
@@ -273,21 +239,35 @@ def test_every_layout_is_read(member, layout, tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_the_released_size_has_a_place_for_every_tensor():
-    text = transformers.LlamaConfig(hidden_size=4096, vocab_size=32064)
+@pytest.mark.parametrize(
+    ("name", "text", "tensors", "billions"),
+    [
+        ("Llava", {}, 686, 7.063),
+        # As in llava-v1.6-mistral-7b-hf: keys and values have 8 heads; image_newline.
+        (
+            "LlavaNext",
+            {"model_type": "mistral", "num_key_value_heads": 8, "intermediate_size": 14336},
+            687,
+            7.567,
+        ),
+    ],
+)
+def test_the_released_size_has_a_place_for_every_tensor(name, text, tensors, billions):
+    text = {"model_type": "llama", "intermediate_size": 11008} | text
+    text |= {"hidden_size": 4096, "vocab_size": 32064}
     with torch.device("meta"):
-        theirs = transformers.LlavaForConditionalGeneration(
-            transformers.LlavaConfig(text_config=text)
-        )
+        config = getattr(transformers, f"{name}Config")(text_config=text)
+        theirs = getattr(transformers, f"{name}ForConditionalGeneration")(config)
         state = InMemory(theirs.state_dict())
         cfg, rules = llava.read(state, theirs.config.to_dict(), None, {})
         ours = HookedLlava(cfg)
     shapes = {name: tuple(p.shape) for name, p in ours.named_parameters()}
-    assert len(plan(state.shapes, rules, shapes)) == len(state.shapes) == 686
+    assert len(plan(state.shapes, rules, shapes)) == len(state.shapes) == tensors
+    assert round(sum(p.numel() for p in ours.parameters()) / 1e9, 3) == billions
     assert (cfg.vision.n_layers, cfg.vision.n_unread, cfg.n_image_tokens) == (23, 1, 576)
 
 
-@pytest.mark.parametrize("member", LLAVA_PARITY, ids=str)
+@pytest.mark.parametrize("member", [*LLAVA_PARITY, *NEXT_PARITY], ids=str)
 def test_transformers_reads_what_is_written(member, tmp_path):
     theirs, ours = member.pair(torch.float32)
     ours.save_pretrained(tmp_path / "ours")
@@ -297,9 +277,10 @@ def test_transformers_reads_what_is_written(member, tmp_path):
     )
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in saved)
-    read, info = transformers.LlavaForConditionalGeneration.from_pretrained(
-        tmp_path / "ours", output_loading_info=True
-    )
+    read, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert json.loads((tmp_path / "ours/config.json").read_text())["architectures"] == [
+        type(theirs).__name__
+    ]
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert all(torch.equal(v, read.state_dict()[k]) for k, v in theirs.state_dict().items())
     for part in ("text_config", "vision_config"):

@@ -72,6 +72,7 @@ class LlavaMember:
         left: whether padding stands on the left.
         resolutions: (height, width) of what LLaVA-NeXT tiles; None for LLaVA-1.5.
         pictures: (height, width) of the images, in turn.
+        context: tokens of the longest prompt.
     """
 
     vision: tuple[int, int, int] = (12, 3, 3)
@@ -87,6 +88,7 @@ class LlavaMember:
     tied: bool = False
     resolutions: tuple[tuple[int, int], ...] | None = None
     pictures: tuple[tuple[int, int], ...] = ((40, 90),)
+    context: int = 64
 
     task = "llava"
 
@@ -140,7 +142,7 @@ class LlavaMember:
             "head_dim": d_head,
             "intermediate_size": 3 * dt,
             "vocab_size": self.vocab,
-            "max_position_embeddings": 64,
+            "max_position_embeddings": self.context,
             "rms_norm_eps": EPS,
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
             "pad_token_id": 0,
@@ -319,6 +321,7 @@ NEXT_PARITY = [
         patch=4,
         resolutions=((16, 32), (32, 16), (32, 32), (48, 16), (16, 48)),
         pictures=((40, 21), (9, 100), (5, 5)),
+        context=256,
     ),
     LlavaMember(
         (15, 2, 3),
@@ -327,6 +330,7 @@ NEXT_PARITY = [
         patch=4,
         resolutions=((24, 24), (12, 36)),
         pictures=((1, 90), (300, 1), (24, 24), (30, 20)),
+        context=128,
     ),
 ]
 # As many image tokens as in LLaVA-1.5.

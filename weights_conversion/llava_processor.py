@@ -10,6 +10,12 @@ import transformers
 from hooked_vlm.config import LlavaConfig
 
 
+def processor_class(cfg: LlavaConfig) -> Any:
+    """The processor of transformers that a model needs."""
+    tiled = cfg.resolutions is not None
+    return transformers.LlavaNextProcessor if tiled else transformers.LlavaProcessor
+
+
 def find(
     given: Any,
     own: str | None,
@@ -38,7 +44,7 @@ def find(
         download["revision"] = revision
     try:
         # On PIL: torchvision is not needed, and the pixels are the same whether it is there.
-        processor = transformers.LlavaProcessor.from_pretrained(source, backend="pil", **download)
+        processor = processor_class(cfg).from_pretrained(source, backend="pil", **download)
     except (OSError, ValueError) as error:
         if given is None:
             return None, cfg

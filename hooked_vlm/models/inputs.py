@@ -29,29 +29,49 @@ _NO_IMAGE = (
 )
 
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the original
+
+
 @dataclass(frozen=True)
 class Geometry:
     """How an image of the user's became pixels of the model.
 
     Attributes:
         size: width and height of the original, in pixels.
-        crop: the box of the original that the model sees, (left, top, right, bottom).
+        crop: the box of the original that the model sees, (left, top, right, bottom). It ends
+            outside of the original where the processor pads.
+        tiles: the boxes that LLaVA-NeXT's tiles show besides, row by row.
     """
 
     size: tuple[int, int]
-    crop: tuple[float, float, float, float]
+    crop: Box
+    tiles: tuple[Box, ...] = ()
 
 
-def visible(size: tuple[int, int], processor: Any) -> tuple[float, float, float, float]:
+def visible(size: tuple[int, int], processor: Any) -> Box:
     """The box of an image that a model sees: CLIP's processors cut its middle out.
+
+    LLaVA's own may first pad it to a square, with the image in the middle.
 
     Args:
         size: width and height of the original, in pixels.
-        processor: an image processor of transformers, which may resize and then crop.
+        processor: an image processor of transformers, which may pad, resize and then crop.
 
     Returns:
         (left, top, right, bottom) in pixels of the original.
     """
+    width, height = size
+    padded = hasattr(processor, "pad_to_square") and processor.do_pad
+    if padded and width != height:
+        side = max(size)
+        left, top, right, bottom = _uncropped((side, side), processor)
+        across, down = (side - width) // 2, (side - height) // 2
+        return left - across, top - down, right - across, bottom - down
+    return _uncropped(size, processor)
+
+
+def _uncropped(size: tuple[int, int], processor: Any) -> Box:
+    """What is left of an image that is resized and then cropped."""
     width, height = size
     if not getattr(processor, "do_center_crop", False):
         return 0.0, 0.0, float(width), float(height)
@@ -64,6 +84,22 @@ def visible(size: tuple[int, int], processor: Any) -> tuple[float, float, float,
     left, top = (across - crop["width"]) // 2, (down - crop["height"]) // 2
     x, y = width / across, height / down  # pixels of the original in one of the resized
     return left * x, top * y, (left + crop["width"]) * x, (top + crop["height"]) * y
+
+
+def made_size(processor: Any) -> tuple[int, int] | None:
+    """Height and width of what a processor makes of every image; None if they depend on it.
+
+    Args:
+        processor: an image processor of transformers.
+    """
+    if getattr(processor, "do_center_crop", False):
+        return processor.crop_size["height"], processor.crop_size["width"]
+    if not processor.do_resize:
+        return None
+    short, size = processor.size.get("shortest_edge"), processor.size
+    if not short:
+        return size["height"], size["width"]
+    return (short, short) if hasattr(processor, "pad_to_square") and processor.do_pad else None
 
 
 def open_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
@@ -142,7 +178,7 @@ def token_map(
     grid: int,
     to_str: Callable[[Tensor], list[str]],
     stacks: Iterable[str],
-    standing: Mapping[tuple[int, int], tuple[int, int]] | None = None,
+    standing: Mapping[tuple[int, int], tuple[int, int | None]] | None = None,
 ) -> pd.DataFrame:
     """See `HookedVLM.token_map`.
 
@@ -151,34 +187,42 @@ def token_map(
         grid: patches along one side of the image.
         to_str: from a row of ids to its tokens.
         stacks: the model's stacks, the one that reads the image first.
-        standing: by row and position of the text the image and its position that stand there.
+        standing: by row and position of the text, where images stand in it: the row of the image's
+            stack and the position there; None for what stands between rows of a picture.
     """
     if not hasattr(inputs, "geometry"):
         raise ValueError("these inputs do not say what image they are of; model.prepare makes them")
     vision, *readers = stacks
-    lines: list[dict[str, Any]] = []
-    for image, geometry in enumerate(inputs.geometry):
-        left, top, right, bottom = geometry.crop
+    seen: dict[tuple[int, int], dict[str, Any]] = {}
+    views = [
+        (image, tile, box)
+        for image, geometry in enumerate(inputs.geometry)
+        for tile, box in enumerate((geometry.crop, *geometry.tiles))
+    ]
+    for row, (image, tile, (left, top, right, bottom)) in enumerate(views):
         width, height = (right - left) / grid, (bottom - top) / grid
-        lines.append({"stack": vision, "row": image, "position": 0})
+        shared = {"stack": vision, "row": row, "image": image, "tile": tile}
+        seen[row, 0] = {**shared, "position": 0}
         for patch in range(grid * grid):
-            row, column = divmod(patch, grid)
-            x, y = left + column * width, top + row * height
-            lines.append(
-                {"stack": vision, "row": image, "position": patch + 1}
-                | {"patch_row": row, "patch_column": column}
-                | {"left": x, "top": y, "right": x + width, "bottom": y + height}
-            )
-    seen = {(line["row"], line["position"]): line for line in lines}
+            down, across = divmod(patch, grid)
+            x, y = left + across * width, top + down * height
+            seen[row, patch + 1] = {
+                **shared,
+                **{"position": patch + 1, "patch_row": down, "patch_column": across},
+                **{"left": x, "top": y, "right": x + width, "bottom": y + height},
+            }
+    lines = list(seen.values())
     if "input_ids" in inputs:
         for row, ids in enumerate(inputs["input_ids"]):
             for position, token in enumerate(to_str(ids)):
                 text = {"stack": readers[0], "row": row, "position": position, "token": token}
                 if standing and (row, position) in standing:
-                    image, patch = standing[row, position]
-                    text = seen[image, patch] | text | {"image": image}
+                    view, there = standing[row, position]
+                    shown = {"image": views[view][0]} if there is None else seen[view, there]
+                    text = shown | text
                 lines.append(text)
-    columns = ["stack", "row", "position", "token", "patch_row", "patch_column"]
-    columns += ["left", "top", "right", "bottom", *["image"] * (standing is not None)]
+    columns = ["stack", "row", "position", "token", *["image", "tile"] * (standing is not None)]
+    columns += ["patch_row", "patch_column", "left", "top", "right", "bottom"]
     frame = pd.DataFrame(lines, columns=columns)
-    return frame.astype({name: "Int64" for name in columns if name[:5] in ("patch", "image")})
+    whole = {"image", "tile", "patch_row", "patch_column"} & set(columns)
+    return frame.astype(dict.fromkeys(whole, "Int64"))

@@ -1,6 +1,7 @@
-"""LLaVA-1.5: a language model that reads features of images in place of some of its tokens.
+"""LLaVA: a language model that reads features of images in place of some of its tokens.
 
-Source: Liu et al., LLaVA (arXiv 2304.08485), sec. 4.1, and LLaVA-1.5 (arXiv 2310.03744), sec. 3.3.
+Source: Liu et al., LLaVA (arXiv 2304.08485), sec. 4.1, LLaVA-1.5 (arXiv 2310.03744), sec. 3.3, and
+LLaVA-NeXT (https://llava-vl.github.io/blog/2024-01-30-llava-next), which has no paper.
 """
 
 from __future__ import annotations
@@ -31,17 +32,23 @@ from hooked_vlm.models.inputs import (
     Geometry,
     ImageLike,
     check_texts,
+    made_size,
     open_images,
     token_map,
     visible,
 )
-from hooked_vlm.models.tiling import Tiling
+from hooked_vlm.models.tiling import NEWLINE, Tiling
 from weights_conversion import llava as layout
+from weights_conversion.llava_processor import processor_class
 
 if TYPE_CHECKING:
     import pandas as pd
 
-VICUNA = "USER: {image}\n{question} ASSISTANT:"  # LLaVA-1.5's prompt, without a system text
+# The prompts that LLaVA was trained with, by language model, without a system text.
+PROMPTS = {
+    "llama": "USER: {image}{question} ASSISTANT:",
+    "mistral": "[INST] {image}{question} [/INST]",
+}
 
 
 class HookedLlava(HookedVLM):
@@ -262,6 +269,8 @@ class HookedLlava(HookedVLM):
         if pixel_values is None or image_sizes is None:
             return []
         sizes = [(height, width) for height, width in image_sizes.tolist()]
+        if sizes and min(map(min, sizes)) < 1:
+            raise ValueError(f"image_sizes is {sizes}: heights and widths start at 1")
         tilings = [Tiling.of(size, cfg.resolutions, cfg.vision.image_size) for size in sizes]
         most = max((tiling.n_views for tiling in tilings), default=0)
         if pixel_values.dim() != 5 or pixel_values.shape[1] < most:
@@ -443,7 +452,7 @@ class HookedLlava(HookedVLM):
 
     def prepare(
         self,
-        images: ImageLike | Sequence[ImageLike],
+        images: ImageLike | Sequence[ImageLike] | None,
         text: str | Sequence[str] | None = None,
         *,
         first_token: Literal["cls", "enc"] = "cls",
@@ -452,19 +461,21 @@ class HookedLlava(HookedVLM):
         r"""Images and questions to inputs of the model, on its device, by its own processor.
 
         A text without `<image>` is a question, which the processor's chat template makes a prompt
-        of, or LLaVA-1.5's where it has none: `USER: <image>\n{question} ASSISTANT:`. A text with
-        `<image>` is a prompt already, in which one image stands in place of each.
+        of, or where it has none the one that LLaVA was trained with: with a Llama
+        `USER: <image>\n{question} ASSISTANT:`, with a Mistral `[INST] <image>\n{question} [/INST]`.
+        A text with `<image>` is a prompt already, in which one image stands in place of each.
 
         Args:
             images: PIL images or paths: those of all prompts, in order, or those that every prompt
-                reads; one prompt may go with several images, one at a time.
+                reads; one prompt may go with several images, one at a time. None for prompts
+                without an image.
             text: questions or prompts.
             first_token: `cls`; the other is BLIP's.
             answer_prefix: what the answer begins with, as it stands.
 
         Returns:
-            `pixel_values`, `input_ids`, `attention_mask`, and as attributes `geometry` (one per
-            image) and `first_token`.
+            `pixel_values`, `image_sizes` (LLaVA-NeXT), `input_ids`, `attention_mask`, and as
+            attributes `geometry` (one per image) and `first_token`.
 
         Raises:
             ValueError: no processor or one that does not fit the model, something that is no
@@ -474,12 +485,12 @@ class HookedLlava(HookedVLM):
             raise ValueError("a LLaVA needs a text: the question")
         if first_token != "cls":
             raise ValueError(f"first_token={first_token!r} is BLIP's; a LLaVA has one first token")
-        pictures, processor = open_images(images), self._processor
+        pictures, processor = [] if images is None else open_images(images), self._processor
         self._check_processor(processor)
-        prompts = [self._prompt(one) + answer_prefix for one in check_texts(text)]
+        prompts = [self._prompt(one, bool(pictures)) + answer_prefix for one in check_texts(text)]
         image = processor.image_token
         counts = [prompt.count(image) for prompt in prompts]
-        if counts == [1]:
+        if counts == [1] and pictures:
             prompts, counts = prompts * len(pictures), counts * len(pictures)
         given = pictures
         if sum(counts) != len(pictures) and set(counts) == {len(pictures)}:
@@ -489,7 +500,7 @@ class HookedLlava(HookedVLM):
                 f"{len(pictures)} images do not match {sum(counts)} {image} in {len(prompts)} texts"
             )
         encoded = processor(
-            images=given, text=prompts, padding=len(prompts) > 1, return_tensors="pt"
+            images=given or None, text=prompts, padding=len(prompts) > 1, return_tensors="pt"
         )
         length, limit = encoded["input_ids"].shape[1], self.cfg.text.n_ctx
         if length > limit:
@@ -497,22 +508,35 @@ class HookedLlava(HookedVLM):
                 f"a prompt has {length} tokens, those of its images among them; the model reads "
                 f"{limit}; shorten {max(prompts, key=len)[:60]!r}"
             )
-        pixels = encoded["pixel_values"][: len(pictures)].to(self.dtype)
-        tokens = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        inputs = BatchEncoding({"pixel_values": pixels, **tokens}).to(self.device)
-        geometry = [
-            Geometry(picture.size, visible(picture.size, processor.image_processor))
-            for picture in pictures
-        ]
+        found = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        if pictures:
+            found["pixel_values"] = encoded["pixel_values"][: len(pictures)].to(self.dtype)
+        if pictures and self.cfg.resolutions is not None:
+            found["image_sizes"] = encoded["image_sizes"][: len(pictures)]
+        inputs = BatchEncoding(found).to(self.device)
+        geometry = [self._geometry(picture.size, processor.image_processor) for picture in pictures]
         # Attributes, no entries: `model(**inputs)` must not get them.
         vars(inputs).update(geometry=geometry, first_token=first_token)
         return inputs
 
+    def _geometry(self, size: tuple[int, int], processor: Any) -> Geometry:
+        if self.cfg.resolutions is None:
+            return Geometry(size, visible(size, processor))
+        width, height = size
+        tiling = Tiling.of((height, width), self.cfg.resolutions, self.cfg.vision.image_size)
+        whole, *tiles = tiling.boxes
+        return Geometry(size, whole, tuple(tiles))
+
     def _check_processor(self, processor: Any) -> None:
-        """Refuses a processor that puts another number of image tokens than there are features."""
-        cfg, size = self.cfg, getattr(processor, "patch_size", None)
-        more = getattr(processor, "num_additional_image_tokens", 0)
-        strategy = getattr(processor, "vision_feature_select_strategy", None)
+        """Refuses a processor that makes other pixels or image tokens than the model reads."""
+        cfg, kind = self.cfg, processor_class(self.cfg)
+        if not isinstance(processor, kind):
+            raise ValueError(
+                f"the processor is a {type(processor).__name__}, this model needs a "
+                f"{kind.__name__}; pass processor= of its own checkpoint"
+            )
+        size, more = processor.patch_size, processor.num_additional_image_tokens
+        strategy = processor.vision_feature_select_strategy
         if (size, strategy) != (cfg.vision.patch_size, cfg.feature_strategy) or more != 1:
             raise ValueError(
                 f"the processor has patch_size={size}, vision_feature_select_strategy="
@@ -521,14 +545,36 @@ class HookedLlava(HookedVLM):
                 f"{cfg.feature_strategy!r} and 1. Set them on model.processor, or in the "
                 "checkpoint's processor_config.json"
             )
+        if processor.image_token_id != cfg.image_token_id:
+            raise ValueError(
+                f"the processor's {processor.image_token!r} is token {processor.image_token_id}, "
+                f"the model's {cfg.image_token_id}; pass processor= of its own checkpoint"
+            )
+        images, side = processor.image_processor, cfg.vision.image_size
+        made = made_size(images)
+        if made != (side, side):
+            shape = "the shape of each image" if made is None else f"{made[0]} x {made[1]} pixels"
+            raise ValueError(
+                f"the image processor ({type(images).__name__}) makes pictures of {shape}, the "
+                f"model reads {side} x {side}; set size and crop_size on "
+                "model.processor.image_processor, or pass processor= of its own checkpoint"
+            )
+        resolutions = getattr(images, "image_grid_pinpoints", None)
+        if cfg.resolutions is not None and cfg.resolutions != tuple(map(tuple, resolutions or ())):
+            raise ValueError(
+                f"the image processor ({type(images).__name__}) has image_grid_pinpoints="
+                f"{resolutions}, the model {list(map(list, cfg.resolutions))}; set them on "
+                "model.processor.image_processor, or pass processor= of its own checkpoint"
+            )
 
-    def _prompt(self, text: str) -> str:
+    def _prompt(self, text: str, with_image: bool) -> str:
         image = self.processor.image_token
         if image in text:
             return text
         if getattr(self.processor, "chat_template", None) is None:
-            return VICUNA.format(image=image, question=text)
-        said = [{"type": "image"}, {"type": "text", "text": text}]
+            prompt = PROMPTS[self.cfg.language]
+            return prompt.format(image=f"{image}\n" * with_image, question=text)
+        said = [*[{"type": "image"}] * with_image, {"type": "text", "text": text}]
         prompt = self.processor.apply_chat_template(
             [{"role": "user", "content": said}], add_generation_prompt=True
         )
@@ -541,19 +587,27 @@ class HookedLlava(HookedVLM):
             inputs: from `prepare`.
 
         Returns:
-            As for the other models; a position of `text` where a feature of an image stands has
-            its `patch_row`, `patch_column` and box, too, and `image`, the number of the image.
+            As for the other models, and `image`, the number of the image, and `tile`, that of its
+            view: 0 is the whole image, then LLaVA-NeXT's tiles, row by row. A row of `vision` is a
+            view. A position of `text` where a feature of an image stands has its patch and box,
+            too; where a newline stands, `image` alone. Boxes end outside of the image where the
+            processor pads it.
         """
         places = inputs["input_ids"] == self.cfg.image_token_id
         n_ctx, size = self.cfg.vision.n_ctx, self.cfg.n_image_tokens
         tilings = self._tilings(inputs.get("pixel_values"), inputs.get("image_sizes"))
         read = [one.tolist() for one in self._shown(tilings, places.device)]
-        standing = {}
+        views = [1 if one is None else one.n_views for one in tilings]
+        starts = list(accumulate(views, initial=0))
+        standing: dict[tuple[int, int], tuple[int, int | None]] = {}
         for row, images in enumerate(self._images_of(places, list(map(len, read)))):
-            features = [(image, feature) for image in images for feature in read[image]]
+            features = [(starts[image], feature) for image in images for feature in read[image]]
             at = places[row].nonzero().flatten().tolist()
-            for position, (image, feature) in zip(at, features, strict=True):
-                standing[row, position] = (image, n_ctx - size + feature % size)
+            for position, (first, feature) in zip(at, features, strict=True):
+                view, patch = divmod(feature, size)
+                standing[row, position] = (
+                    (first, None) if feature == NEWLINE else (first + view, n_ctx - size + patch)
+                )
         return token_map(inputs, self.cfg.vision.grid, self.to_str_tokens, self.stacks, standing)
 
 
