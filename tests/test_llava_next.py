@@ -8,12 +8,15 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llava_processors import processor
+from PIL import Image
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.models.llava_next import modeling_llava_next as modeling
 from zoo import error
 from zoo_llava import LLAMA, NEXT, NEXT_PARITY
 
 from hooked_vlm import HookedLlava
+from hooked_vlm import patching as P
+from hooked_vlm.data import Pair
 from hooked_vlm.models.tiling import NEWLINE, Tiling
 from weights_conversion import ConversionError, InMemory, llava
 
@@ -238,3 +241,46 @@ def test_tensors_without_the_newline_are_refused():
     theirs.model.image_newline = None
     with pytest.raises(ConversionError, match="nothing fills 'image_newline'"):
         HookedLlava.from_hf(theirs)
+
+
+# --- sweeps
+
+
+def test_a_sweep_where_both_texts_read_one_image():
+    """The image stands once; equal to a loop of full passes."""
+    model, clean = NEXT.model(), NEXT.inputs(1)
+    corrupt = clean | {"input_ids": clean["input_ids"].clone()}
+    corrupt["input_ids"][0, -1] = 5
+    sites = ["vision.blocks.0.hook_resid_post", "text.blocks.0.attn.heads.1.hook_z"]
+
+    def last(logits):
+        return logits[:, -1].square().mean(-1)
+
+    result = P.activation_patching(model, (clean, corrupt), sites, last, progress=False)
+    ends = [last(model(**given_)).item() for given_ in (clean, corrupt)]
+    assert [result.clean.item(), result.corrupt.item()] == pytest.approx(ends, abs=1e-10)
+    _, cache = model.run_with_cache(**clean)
+    at = cache["text.blocks.0.attn.hook_z"][:, :, 1]
+
+    def head(z, hook):
+        z[:, :, 1] = at
+        return z
+
+    patched = model.run_with_hooks(**corrupt, fwd_hooks=[("text.blocks.0.attn.hook_z", head)])
+    expected = [ends[1], last(patched).item()]  # the image is the same
+    assert result.data.values.flatten().tolist() == pytest.approx(expected, abs=1e-10)
+    assert abs(expected[1] - ends[1]) > 1e-6
+
+
+def test_pairs_of_images_of_other_shapes_do_not_align():
+    model = NEXT.model(torch.float32)
+    model.processor = processor(member=NEXT)
+    wide, tall, other = (Image.new("RGB", size, "red") for size in ((90, 21), (16, 47), (40, 40)))
+    for image in (tall, other):
+        pair = Pair(wide, "what is it ?", corrupt_image=image, answer="red", foil="w20", name="x")
+        with pytest.raises(
+            ValueError, match=r"pair 'x': positions do not align, .* \[3, \d\] tiles"
+        ):
+            P.activation_patching(model, pair, "text.blocks.0.hook_resid_pre", progress=False)
+    pair = Pair(wide, "what is it ?", wide.rotate(180), answer="red", foil="w20")
+    P.activation_patching(model, pair, "text.blocks.0.hook_resid_pre", progress=False)

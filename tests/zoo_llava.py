@@ -333,8 +333,19 @@ NEXT_PARITY = [
         context=128,
     ),
 ]
-# As many image tokens as in LLaVA-1.5.
+# As many image tokens as in LLaVA-1.5 and LLaVA-NeXT.
 LONG = [
     LlavaMember((16, 2, 2), (64, 2, 8, 8, 8), image=336, patch=14),
     LlavaMember((16, 2, 2), (64, 2, 8, 2, 8), "mistral", window=400, image=336, patch=14),
+    # 2928 and 1850 tokens.
+    LlavaMember(
+        (16, 2, 2),
+        (16, 2, 2, 1, 8),
+        "mistral",
+        image=336,
+        patch=14,
+        resolutions=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+        pictures=((700, 700), (500, 900)),
+        context=4096,
+    ),
 ]

@@ -169,12 +169,29 @@ def _runs(
     return [
         _Run(
             pair.name or str(index),
-            partial(model.prepare_prompt, pair.images, pair.texts, first_token=first_token),
+            partial(_prepared, model, pair, first_token),
             pair.n_tokens(model.to_str_tokens),
             metric.bind(model, pair),
         )
         for index, pair in enumerate(several)
     ], first_token
+
+
+def _prepared(model: HookedVLM, pair: Pair, first_token: Literal["cls", "enc"]) -> Inputs:
+    """A pair's inputs, clean first.
+
+    Raises:
+        ValueError: images that LLaVA-NeXT cuts into other numbers of tiles, or of tokens.
+    """
+    inputs = model.prepare_prompt(pair.images, pair.texts, first_token=first_token)
+    tokens = inputs["attention_mask"].sum(1).tolist() if "attention_mask" in inputs else []
+    tiles = [len(geometry.tiles) for geometry in getattr(inputs, "geometry", ())]
+    if len(set(tokens)) > 1 or len(set(tiles)) > 1:
+        raise ValueError(
+            f"pair {pair.name!r}: positions do not align, the clean and the corrupt input have "
+            f"{tokens} tokens and {tiles} tiles; give both an image of one shape"
+        )
+    return inputs
 
 
 def _joined(given: Sequence[Any]) -> Inputs:
