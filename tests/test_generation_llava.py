@@ -8,10 +8,12 @@ import torch
 import transformers
 from test_generation import GENERATIONS
 from zoo import error
-from zoo_llava import LLAMA, MISTRAL, LlavaMember
+from zoo_llava import LLAMA, MISTRAL, NEXT, LlavaMember
 
-MEMBERS = [LLAMA, replace(MISTRAL, left=True), LlavaMember((12, 2, 3), (16, 3, 4, 2, 6))]
-HOW = GENERATIONS | {"by length": {"max_length": 15}}
+MEMBERS = [LLAMA, replace(MISTRAL, left=True), LlavaMember((12, 2, 3), (16, 3, 4, 2, 6)), NEXT]
+HOW = GENERATIONS | {"by length": {"max_length": 56}}
+# An image token that is written is read again, where nothing is kept, and has no image.
+HOW["no cache"] = HOW["no cache"] | {"suppress_tokens": [LLAMA.image_token]}
 del HOW["stopping"]
 each = pytest.mark.parametrize("member", MEMBERS, ids=str)
 
@@ -33,7 +35,13 @@ def parts(inputs, cut):
     texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     first = {name: value[:, :cut] for name, value in texts.items()}
     rest = {name: value[:, cut:] for name, value in texts.items()}
-    return first | {"pixel_values": inputs["pixel_values"]}, rest
+    return first | images_of(inputs), rest
+
+
+def images_of(inputs, which=slice(None)):
+    """Some of the images, with their sizes where the model reads those."""
+    names = ("pixel_values", "image_sizes")
+    return {name: inputs[name][which] for name in names if name in inputs}
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -56,8 +64,7 @@ def test_words_alone_and_one_image_for_all(member):
     asked = {"max_new_tokens": 5}
     assert ours.generate(**words, **asked).tolist() == theirs.generate(**words, **asked).tolist()
     shared = member.inputs(3, images=1)
-    pixels = shared["pixel_values"].expand(3, -1, -1, -1)
-    expected = theirs.generate(**shared | {"pixel_values": pixels}, **asked)
+    expected = theirs.generate(**shared | images_of(shared, [0, 0, 0]), **asked)
     assert ours.generate(**shared, **asked).tolist() == expected.tolist()
 
 
@@ -209,11 +216,10 @@ def test_a_prefix_that_nothing_follows(member):
 @each
 def test_images_may_follow_a_prefix(member):
     ours, inputs = pair(member)[1], member.inputs(counts=(2, 2), padded=False)
-    cut = 1 + member.size
+    cut = 1 + member.tokens(member.pictures[0])
     first, rest = parts(inputs, cut)
-    pixels = inputs["pixel_values"]
-    prefix = ours.prefill(**first | {"pixel_values": pixels[::2]})
-    logits = ours(**rest, pixel_values=pixels[1::2], prefix=prefix)
+    prefix = ours.prefill(**first | images_of(inputs, slice(0, None, 2)))
+    logits = ours(**rest, **images_of(inputs, slice(1, None, 2)), prefix=prefix)
     assert error(logits, ours(**inputs)[:, cut:]) < 1e-12
     with pytest.raises(ValueError, match="the prefix ends in an image; give input_ids"):
         ours.generate(prefix=prefix)
