@@ -276,6 +276,18 @@ def images(member, **changes):
     return found
 
 
+def of_another(found, next_=False):
+    """A LLaVA's processor of another model's parts, as its folder gives one."""
+    kind = transformers.LlavaNextProcessor if next_ else transformers.LlavaProcessor
+    return kind(
+        found.image_processor,
+        found.tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
 @pytest.mark.parametrize(
     ("member", "given", "said"),
     [
@@ -283,6 +295,9 @@ def images(member, **changes):
         (NEXT, processor(), "is a LlavaProcessor, this model needs a LlavaNextProcessor"),
         (LLAMA, blip_processor(), "is a BlipProcessor, this model needs a LlavaProcessor"),
         (NEXT, blip_processor(), "is a BlipProcessor, this model needs a LlavaNextProcessor"),
+        (LLAMA, of_another(blip_processor()), r"'<image>' is token \d+, the model's 36; pass proc"),
+        (LLAMA, of_another(processor(member=NEXT)), r"image_grid_pinpoints=\[.*, the model None;"),
+        (NEXT, of_another(processor(), next_=True), r"image_grid_pinpoints=None, the model \[\[16"),
         (
             NEXT,
             processor(member=NEXT, additional=0),

@@ -535,6 +535,11 @@ class HookedLlava(HookedVLM):
                 f"the processor is a {type(processor).__name__}, this model needs a "
                 f"{kind.__name__}; pass processor= of its own checkpoint"
             )
+        if processor.image_token_id != cfg.image_token_id:
+            raise ValueError(
+                f"the processor's {processor.image_token!r} is token {processor.image_token_id}, "
+                f"the model's {cfg.image_token_id}; pass processor= of its own checkpoint"
+            )
         size, more = processor.patch_size, processor.num_additional_image_tokens
         strategy = processor.vision_feature_select_strategy
         if (size, strategy) != (cfg.vision.patch_size, cfg.feature_strategy) or more != 1:
@@ -545,11 +550,6 @@ class HookedLlava(HookedVLM):
                 f"{cfg.feature_strategy!r} and 1. Set them on model.processor, or in the "
                 "checkpoint's processor_config.json"
             )
-        if processor.image_token_id != cfg.image_token_id:
-            raise ValueError(
-                f"the processor's {processor.image_token!r} is token {processor.image_token_id}, "
-                f"the model's {cfg.image_token_id}; pass processor= of its own checkpoint"
-            )
         images, side = processor.image_processor, cfg.vision.image_size
         made = made_size(images)
         if made != (side, side):
@@ -559,12 +559,12 @@ class HookedLlava(HookedVLM):
                 f"model reads {side} x {side}; set size and crop_size on "
                 "model.processor.image_processor, or pass processor= of its own checkpoint"
             )
-        resolutions = getattr(images, "image_grid_pinpoints", None)
-        if cfg.resolutions is not None and cfg.resolutions != tuple(map(tuple, resolutions or ())):
+        grids = getattr(images, "image_grid_pinpoints", None)
+        if cfg.resolutions != (grids and tuple(map(tuple, grids))):
+            wanted = cfg.resolutions and list(map(list, cfg.resolutions))
             raise ValueError(
-                f"the image processor ({type(images).__name__}) has image_grid_pinpoints="
-                f"{resolutions}, the model {list(map(list, cfg.resolutions))}; set them on "
-                "model.processor.image_processor, or pass processor= of its own checkpoint"
+                f"the image processor ({type(images).__name__}) has image_grid_pinpoints={grids}, "
+                f"the model {wanted}; pass processor= of its own checkpoint"
             )
 
     def _prompt(self, text: str, with_image: bool) -> str:
