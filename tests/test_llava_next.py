@@ -114,6 +114,14 @@ def test_rows_are_as_if_alone(member):
     assert error(model(**shared), model(**own)) < 1e-12
 
 
+@pytest.mark.parametrize("member", [LLAMA, NEXT], ids=str)
+def test_no_images_are_none(member):
+    model, words = member.model(), member.inputs(counts=(0, 0))
+    images = member.inputs(1)
+    empty = {name: images[name][:0] for name in IMAGES if name in images}
+    assert torch.equal(model(**words, **empty), model(**words))
+
+
 IMAGES = ("pixel_values", "image_sizes")
 SITES = [
     "vision.hook_embed",

@@ -229,7 +229,7 @@ class HookedLlava(HookedVLM):
         tilings = self._tilings(pixel_values, image_sizes)
         read = self._shown(tilings, places.device)
         images = self._images_of(places, list(map(len, read)))
-        if pixel_values is None:
+        if pixel_values is None or not tilings:
             return None
         views = [1 if tiling is None else tiling.n_views for tiling in tilings]
         flow.stack("vision", _real(pixel_values, views), after=self._project)
