@@ -29,7 +29,8 @@ def test_what_is_written_is_read(member, folder):
         ours, theirs = dict(model.named_parameters()), dict(opened.named_parameters())
         assert list(ours) == list(theirs)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        assert torch.equal(opened(**inputs), model(**inputs))
+        # Not bit for bit: where a mapped weight lies decides which kernel a convolution takes.
+        assert error(opened(**inputs), model(**inputs)) < 1e-6
         assert not any(parameter.requires_grad for parameter in theirs.values())
     double = HookedVLM.from_pretrained(folder, dtype=torch.float64)
     assert error(double(**member.inputs()), model(**inputs).double()) < 1e-5
