@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +42,9 @@ Task = Annotated[str | None, typer.Option(help="Such as itm, if a file serves se
 
 @app.callback()
 def _commands() -> None:
-    pass
+    # transformers imports torchao where it is installed, and that says what it could not load.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @app.command()
@@ -144,11 +147,6 @@ def _open(
 
     from hooked_vlm import HookedVLM
 
-    if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device!r} cannot be used: {error}") from error
     kind = None
     if dtype is not None:
         kind = getattr(torch, dtype, None)

@@ -123,7 +123,7 @@ def test_patch_of_a_file_of_pairs(images):
         (["--metric", "logit_diff"], "the metric of an itm model is itm_margin"),
         (["--sites", "text.blocks.9.hook_mlp_out"], "text has 3 blocks (0 to 2)"),
         (["--dtype", "float7"], "--dtype 'float7'"),
-        (["--device", "toaster"], "--device 'toaster'"),
+        (["--device", "toaster"], "device 'toaster' cannot be used here"),
         (["--out", "clean.png"], "is a file; name a folder"),
         (
             ["--image", "clean.png", "--text", "a", "--corrupt-image", "same.png"],

@@ -334,6 +334,9 @@ for folder in {[str(tmp_path / name) for name in ("hf", "own")]}:
     ran = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
     )
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    # transformers imports torchao where it is installed, and that has notes of its own.
+    theirs = ("torchao", "torch/utils/_pytree.py")
+    said = [s for s in ran.stderr.splitlines() if not any(name in s for name in theirs)]
+    assert (ran.returncode, ran.stdout, said) == (0, "", [])
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("own", "own-2")]
     assert_same(*weights)

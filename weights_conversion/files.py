@@ -52,14 +52,15 @@ class Checkpoint:
     def __init__(self, files: Iterable[str | Path]):
         self.files = [Path(file) for file in files]
         self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         self._where: dict[str, Path] = {}
         # Of pickles: until the first read if they are mapped, else for good.
         self._kept: dict[Path, dict[str, Tensor]] = {}
         for file in self.files:
-            for name, shape in self._read_shapes(file).items():
+            for name, (shape, dtype) in self._read_heads(file).items():
                 if name in self._where:
                     raise ConversionError(f"{name!r} is in {self._where[name]} and in {file}")
-                self.shapes[name], self._where[name] = shape, file
+                self.shapes[name], self.dtypes[name], self._where[name] = shape, dtype, file
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by name, from files opened anew: what was read before can be let go."""
@@ -80,12 +81,13 @@ class Checkpoint:
         """Whether two tensors hold the same numbers."""
         return _same(*self.read([a, b]).values())
 
-    def _read_shapes(self, file: Path) -> dict[str, Shape]:
+    def _read_heads(self, file: Path) -> dict[str, tuple[Shape, torch.dtype]]:
         if file.suffix == ".safetensors":
             with _open(file) as opened:
-                return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 (no dict)
-        self._kept[file] = self._unpickled(file)
-        return {name: tuple(tensor.shape) for name, tensor in self._kept[file].items()}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+        else:
+            tensors = self._kept[file] = self._unpickled(file)
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
     def _unpickled(self, file: Path) -> dict[str, Tensor]:
         mapped = _is_zip(file) and not _is_compressed(file)
@@ -103,6 +105,7 @@ class InMemory:
     def __init__(self, state: Mapping[str, Tensor]):
         self._state = state
         self.shapes: dict[str, Shape] = {name: tuple(t.shape) for name, t in state.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in state.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by name, as they are."""

@@ -24,7 +24,7 @@ from hooked_vlm.models.inputs import (
     token_map,
     visible,
 )
-from hooked_vlm.models.loading import assign
+from hooked_vlm.models.loading import Loading, assign
 from hooked_vlm.models.resumable import ResumableModel
 from weights_conversion import Checkpoint, ConversionError, InMemory, families, revert
 from weights_conversion.files import read_json, save
@@ -72,6 +72,9 @@ class HookedVLM(ResumableModel):
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+        max_memory: Mapping[Any, int | str] | None = None,
+        offload_folder: str | Path | None = None,
         task: str | None = None,
         processor: str | Path | Any = None,
         config: Mapping[str, Mapping[str, Any]] | None = None,
@@ -87,6 +90,12 @@ class HookedVLM(ResumableModel):
             cache_dir: see `revision`.
             token: see `revision`.
             local_files_only: see `revision`.
+            device_map: over several devices, instead of `device`, as in transformers: `auto`,
+                `balanced`, `balanced_low_0`, `sequential`, or a dictionary from modules (`text`,
+                `text.blocks.3`, `""` for the rest) to devices, `cpu` or `disk`.
+            max_memory: with `device_map`, what each device may hold: `{0: "20GB", "cpu": "8GB"}`.
+            offload_folder: with `device_map`, where weights for the `disk` are written that are
+                not there in the `dtype`.
             task: which task, where the tensors allow several.
             processor: a processor, or where to get one; by default the checkpoint's own.
             config: fields by stack that a bare file cannot tell, `{"text": {"n_heads": 4}}`.
@@ -98,7 +107,10 @@ class HookedVLM(ResumableModel):
             FileNotFoundError: no such checkpoint, or no tokenizer for a bare file.
             weights_conversion.ConversionError: files that are cut short, that hold code, or whose
                 tensors do not fit; the message names them.
+            ValueError: a device that is not there, a dtype that it cannot compute in, a map that
+                does not fit the model or the memory.
         """
+        how = Loading(dtype, device, device_map, max_memory, offload_folder)
         download = {
             "revision": revision,
             "cache_dir": cache_dir,
@@ -114,7 +126,7 @@ class HookedVLM(ResumableModel):
         processor, cfg = kind.LAYOUT.find_processor(processor, located.processor, cfg, **download)
         with torch.device("meta"):
             model = kind(cfg)
-        assign(model, checkpoint, rules, dtype, device)
+        assign(model, checkpoint, rules, how)
         model.processor = processor
         model.provenance |= {"model": located.name, "revision": located.revision}
         model._find_more(located, download)
@@ -136,7 +148,7 @@ class HookedVLM(ResumableModel):
         cfg, rules = kind.LAYOUT.read(InMemory(state), hf_config, None, {})
         with torch.device("meta"):
             model = kind(cfg)
-        assign(model, InMemory(state), rules, None, None)
+        assign(model, InMemory(state), rules, Loading())
         model.processor = processor
         model.provenance["model"] = type(hf_model).__name__
         model._take_more(hf_model)
