@@ -21,7 +21,7 @@ from weights_conversion.rules import Step
 if TYPE_CHECKING:
     from hooked_vlm.models.hooked import HookedModel
 
-SLACK = 0.05  # how far a conversion may exceed the size of what it makes
+SLACK = 0.04  # how far a conversion may exceed the size of what it makes
 
 
 @dataclass(frozen=True)
