@@ -89,7 +89,8 @@ class Shared(Past):
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, KeyValue | None]:
         """Each row's own, and what it shares; nothing is copied where one row serves them all."""
         keys, values = self.kept[layer]
-        return k, v, (keys[self.rows, : self.n], values[self.rows, : self.n])
+        rows = self.rows if isinstance(self.rows, slice) else self.rows.to(keys.device)
+        return k, v, (keys[rows, : self.n], values[rows, : self.n])
 
 
 def consecutive(rows: Int[Tensor, " batch"]) -> slice | Int[Tensor, " groups"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
@@ -36,7 +37,7 @@ class HeadWeights:
         self._attentions = attentions
 
     def _stacked(self, name: str) -> Tensor:
-        return torch.stack([getattr(attention, name) for attention in self._attentions])
+        return stacked(getattr(attention, name) for attention in self._attentions)
 
     @property
     def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
@@ -168,12 +169,12 @@ class Stack(nn.Module, Generic[Block]):
     @property
     def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
         """Input weights of the MLPs."""
-        return torch.stack([block.mlp.W_in for block in self.block_list])
+        return stacked(block.mlp.W_in for block in self.block_list)
 
     @property
     def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
         """Output weights of the MLPs."""
-        return torch.stack([block.mlp.W_out for block in self.block_list])
+        return stacked(block.mlp.W_out for block in self.block_list)
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
@@ -184,7 +185,7 @@ class Stack(nn.Module, Generic[Block]):
             biases.append(block.attn.b_O)
             if include_mlp_biases and index < layer:
                 biases.append(bias_of(block.mlp.fc_out))
-        return torch.stack(biases).sum(0)
+        return stacked(biases).sum(0)
 
 
 class VisionStack(Stack[PreNormBlock]):
@@ -382,7 +383,7 @@ class LlamaStack(TokenStack[PreNormBlock]):
         """Tokens, and in order the features in their `places`."""
         embed = self.embed(input_ids)
         if features is not None and places is not None:
-            embed = embed.masked_scatter(places[..., None], features.to(embed.dtype))
+            embed = embed.masked_scatter(places[..., None].to(embed.device), features.to(embed))
         x: Tensor = self.hook_embed(needing(embed, grad))
         return x
 
@@ -425,6 +426,12 @@ class Unembed(nn.Module):
         post = self.hook_post(self.act(self.hook_pre(self.dense(x))))
         logits: Tensor = self.out(self.ln(post))
         return logits
+
+
+def stacked(tensors: Iterable[Tensor]) -> Float[Tensor, "layer ..."]:
+    """One upon another, on the device of the first."""
+    first, *others = tensors
+    return torch.stack([first, *(tensor.to(first.device) for tensor in others)])
 
 
 def needing(x: Tensor, grad: bool) -> Tensor:

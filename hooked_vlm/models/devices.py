@@ -38,13 +38,15 @@ class Placement:
     """Where weights are and where they are used.
 
     Attributes:
-        homes: a device, or `disk`, for each parameter.
+        parts: a device, or `disk`, for each unit.
+        homes: the same for each parameter.
         runs: for each unit the device that it runs on.
         main: where inputs are, and what stands behind the stacks.
         needed: bytes by home.
         room: bytes that there are, by the names of accelerate.
     """
 
+    parts: dict[str, Any]
     homes: dict[str, Any]
     runs: dict[str, torch.device]
     main: torch.device
@@ -162,7 +164,7 @@ def place(
             beside = next((name for name in parts if name.startswith(f"{stack}.")), None)
             homes[path] = main if beside is None else runs[beside]
         needed[homes[path]] = needed.get(homes[path], 0) + parameter.nbytes
-    placement = Placement(homes, runs, main, needed, room)
+    placement = Placement(given, homes, runs, main, needed, room)
     for home, bytes_ in needed.items():
         if home != DISK and bytes_ > room.get(_key(home), bytes_):
             raise ValueError(

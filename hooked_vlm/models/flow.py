@@ -124,7 +124,7 @@ class Base:
         kept = self.stacks[stack]
         if kept.reader is not None:
             rows = self.rows(kept.reader, rows)
-        return rows if kept.rows is None else kept.rows[rows]
+        return rows if kept.rows is None else kept.rows.to(rows.device)[rows]
 
     def rows(self, stack: str, rows: Tensor) -> Tensor:
         """The rows of a stack that belong to rows of the batch, group by group."""
@@ -365,7 +365,8 @@ class Resuming(Flow):
                 x = self._embed(name, inputs[rows], None if merge is None else merge.of(rows))
             x = x[:, begin:]
         else:
-            x = kept.doors[door or (first, "attn")][:, begin:][rows]
+            x = kept.doors[door or (first, "attn")][:, begin:]
+            x = x[rows.to(x.device)]
             if self.grad:
                 x.requires_grad_()  # a copy of the base's rows: the first tensor of the new pass
         if begin:
@@ -423,4 +424,4 @@ class Resuming(Flow):
 
 
 def _at(x: Tensor, at: Tensor) -> Tensor:
-    return x[torch.arange(len(x), device=x.device), at]
+    return x[torch.arange(len(x), device=x.device), at.to(x.device)]

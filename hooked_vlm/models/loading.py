@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooked_vlm.models.devices import DISK, Placement, gigabytes, place
+from hooked_vlm.models.devices import AUTOMATIC, DISK, Placement, gigabytes, place
 from weights_conversion import Checkpoint, InMemory, plan
 from weights_conversion.rules import Step
 
 if TYPE_CHECKING:
-    from hooked_vlm.models.hooked import HookedModel
+    from hooked_vlm.models.resumable import ResumableModel
 
 SLACK = 0.04  # how far a conversion may exceed the size of what it makes
 
@@ -55,6 +55,8 @@ class Loading:
         devices: set[Any] = {"cpu" if self.device is None else self.device}
         if isinstance(self.device_map, Mapping):
             devices = set(self.device_map.values()) - {DISK}
+        elif self.device_map is not None and self.device_map not in AUTOMATIC:
+            devices = {self.device_map}
         for device in devices:
             check(self.dtype, device)
 
@@ -87,7 +89,7 @@ def check(dtype: torch.dtype | None, device: torch.device | str | int) -> None:
 
 
 def assign(
-    model: HookedModel,
+    model: ResumableModel,
     checkpoint: Checkpoint | InMemory,
     rules: list[Any],
     how: Loading,
@@ -137,6 +139,7 @@ def assign(
                 module._parameters[name] = fresh[id(parameter)]
     if placement is not None:
         placement.connect(model)
+        model.device_map = placement.parts
 
 
 def _read(

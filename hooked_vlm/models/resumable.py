@@ -21,6 +21,7 @@ from hooked_vlm.models.names import Names, Site, head_of
 class ResumableModel(HookedModel):
     """A hooked model whose pass is written once, as calls of `flow.stack`, and can be resumed."""
 
+    device_map: dict[str, Any] | None = None  # where each part was put, of several devices
     # The stack behind which each part of the glue is computed, if not the last one.
     GLUE: ClassVar[dict[str, str]]
     # Whether logits of a position come of it and earlier ones alone, if the last stack is causal.
