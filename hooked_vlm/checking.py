@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -182,3 +183,40 @@ def check(model: HookedVLM, name: str, *, revision: str | None = None) -> bool:
         f"relative to each tensor's largest value (at least 1); up to {tolerance:.0e} is rounding"
     )
     return fine
+
+
+@torch.no_grad()
+def deviation(model: HookedVLM, quantized: HookedVLM, name: str) -> None:
+    """Prints per stack how far quantised weights move logits and activations; no verdict.
+
+    Args:
+        model: the model as it is.
+        quantized: the same, of fewer bits.
+        name: what both were opened by.
+    """
+    scene = shapes.scenes(1, seed=0)[0]
+    text = scene.questions()[0].text if model.task == "vqa" else scene.caption()
+    inputs = model.prepare_prompt(scene.image(384), text)
+    _, expected = model.run_with_cache(**inputs)
+    _, found = quantized.run_with_cache(**inputs)
+    rows: dict[str, list[tuple[float, str, float]]] = {}
+    for point, value in dict(expected).items():
+        if "hook_attn_scores" in point:  # masked ones are the dtype's lowest number
+            continue
+        wanted, difference = value.double(), found[point].double() - value.double()
+        worst = float(difference.abs().max()) / max(1.0, float(wanted.abs().max()))
+        share = float(difference.norm() / wanted.norm().clamp_min(1e-30))
+        stack = model.stack_of(point) if point != "hook_logits" else "logits"
+        rows.setdefault(stack, []).append((worst, point, share))
+    table = Table(title=f"{name}: {quantized.provenance['quantization']} against {model.dtype}")
+    for column in ("stack", "tensors", "worst error", "at", "median share"):
+        table.add_column(column, overflow="fold")
+    for stack, measured in rows.items():
+        worst, point, _ = max(measured)
+        share = statistics.median(share for _, _, share in measured)
+        table.add_row(stack, str(len(measured)), f"{worst:.1e}", point, f"{share:.1e}")
+    Console().print(table)
+    Console().print(
+        "worst error: relative to each tensor's largest value (at least 1); share: length of the "
+        "difference over that of the tensor"
+    )

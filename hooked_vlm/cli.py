@@ -122,14 +122,24 @@ def check(
     revision: Revision = None,
     device: Device = None,
     dtype: DType = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="int8 or int4: how far such weights move the model instead.")
+    ] = None,
 ) -> None:
     """Compare logits and activations with transformers, on this machine, on these weights."""
     from hooked_vlm import checking
+    from hooked_vlm.models.quantized import named
 
+    fine = True
     try:
+        config = None if quantization is None else named(quantization)
         opened = _open(model, task, processor, revision, device, dtype)
-        fine = checking.check(opened, model, revision=revision)
-    except (ValueError, KeyError, OSError) as error:
+        if config is None:
+            fine = checking.check(opened, model, revision=revision)
+        else:
+            few = _open(model, task, processor, revision, device, dtype, config)
+            checking.deviation(opened, few, model)
+    except (ValueError, KeyError, OSError, ImportError) as error:
         _fail(error)
     if not fine:
         raise typer.Exit(1)
@@ -142,6 +152,7 @@ def _open(
     revision: str | None,
     device: str | None,
     dtype: str | None,
+    quantization_config: Any = None,
 ) -> Any:
     import torch
 
@@ -153,7 +164,13 @@ def _open(
         if not isinstance(kind, torch.dtype):
             raise ValueError(f"--dtype {dtype!r} is none of torch's, such as float32 or bfloat16")
     return HookedVLM.from_pretrained(
-        name, revision=revision, dtype=kind, device=device, task=task, processor=processor
+        name,
+        revision=revision,
+        dtype=kind,
+        device=device,
+        quantization_config=quantization_config,
+        task=task,
+        processor=processor,
     )
 
 

@@ -104,7 +104,7 @@ def test_parts_of_a_conversion_stay_near_the_size_of_what_is_made(source, target
     files = InMemory(state)
     steps = plan(files.shapes, [rename(name, name) for name in state], files.shapes)
     whole, made, seen = target.itemsize * 1000 * (layers + 4), 0, []
-    for part in loading._parts(steps, files, target):
+    for part in loading._parts(steps, files, target, set()):
         made += sum(target.itemsize * len(state[step.source]) for step in part)
         mapped = sum(state[step.source].nbytes for step in part)
         seen += [step.source for step in part]

@@ -186,7 +186,7 @@ def of_openai(theirs: nn.Module, vision_heads: int, text_heads: int, **ids: int)
     cfg = config(state.shapes, heads)
     with torch.device("meta"):
         model = HookedCLIP(cfg)
-    assign(model, state, rules(cfg), None, None)
+    assign(model, state, rules(cfg))
     return model.eval()
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hooked_vlm.components.hook_point import HookPoint
 from hooked_vlm.components.memory import check_room
@@ -149,26 +150,26 @@ class Attention(nn.Module):
             "time, or read scores and patterns of fewer layers",
         )
 
-    # TransformerLens' per-head weights: views of the released ones.
+    # TransformerLens' per-head weights: views of the released ones, copies of quantised ones.
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
         """Query weights, head by head."""
-        return self._heads(self.q.weight.mT).transpose(0, 1)
+        return self._heads(weight_of(self.q).mT).transpose(0, 1)
 
     @property
     def W_K(self) -> Float[Tensor, "kv_head d_source d_head"]:
         """Key weights, head by head."""
-        return self._heads(self.k.weight.mT).transpose(0, 1)
+        return self._heads(weight_of(self.k).mT).transpose(0, 1)
 
     @property
     def W_V(self) -> Float[Tensor, "kv_head d_source d_head"]:
         """Value weights, head by head."""
-        return self._heads(self.v.weight.mT).transpose(0, 1)
+        return self._heads(weight_of(self.v).mT).transpose(0, 1)
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """Output weights, head by head."""
-        return self._heads(self.o.weight).permute(1, 2, 0)
+        return self._heads(weight_of(self.o)).permute(1, 2, 0)
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:
@@ -305,10 +306,19 @@ class CrossAttention(Attention):
         return k[groups], v[groups], mask
 
 
+def weight_of(linear: nn.Linear) -> Float[Tensor, "d_out d_in"]:
+    """Its weight; of a quantised one, a copy in the dtype that it computes in."""
+    if not is_traceable_wrapper_subclass(linear.weight):
+        return linear.weight
+    copy: Tensor = getattr(linear.weight, "dequantize")()  # noqa: B009 (torchao's, of no type here)
+    return copy
+
+
 def bias_of(linear: nn.Linear) -> Float[Tensor, " d_out"]:
     """Its bias, zeros where it has none."""
     if linear.bias is None:
-        return linear.weight.new_zeros(linear.out_features)
+        like: Tensor = weight_of(linear)
+        return like.new_zeros(linear.out_features)
     return linear.bias
 
 

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from hooked_vlm.components.attention import weight_of
 from hooked_vlm.components.hook_point import HookPoint
 
 
@@ -33,16 +34,16 @@ class MLP(nn.Module):
         out: Tensor = self.fc_out(self.hook_post(self.act(self.hook_pre(self.fc_in(x)))))
         return out
 
-    # TransformerLens' names: views of the released weights.
+    # TransformerLens' names: views of the released weights, copies of quantised ones.
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         """Input weights."""
-        return self.fc_in.weight.mT
+        return weight_of(self.fc_in).mT
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_out"]:
         """Output weights."""
-        return self.fc_out.weight.mT
+        return weight_of(self.fc_out).mT
 
 
 class GatedMLP(nn.Module):
@@ -66,18 +67,18 @@ class GatedMLP(nn.Module):
         out: Tensor = self.fc_out(self.hook_post(gate * self.hook_pre_linear(self.fc_in(x))))
         return out
 
-    # TransformerLens' names: views of the released weights.
+    # TransformerLens' names: views of the released weights, copies of quantised ones.
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
         """Weights of the gate."""
-        return self.fc_gate.weight.mT
+        return weight_of(self.fc_gate).mT
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         """Input weights, of what the gate multiplies."""
-        return self.fc_in.weight.mT
+        return weight_of(self.fc_in).mT
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights."""
-        return self.fc_out.weight.mT
+        return weight_of(self.fc_out).mT

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import BatchEncoding, GenerationConfig, PreTrainedModel
 
 from hooked_vlm.components.attention import bias_of
@@ -75,6 +76,7 @@ class HookedVLM(ResumableModel):
         device_map: str | int | torch.device | Mapping[str, Any] | None = None,
         max_memory: Mapping[Any, int | str] | None = None,
         offload_folder: str | Path | None = None,
+        quantization_config: Any = None,
         task: str | None = None,
         processor: str | Path | Any = None,
         config: Mapping[str, Mapping[str, Any]] | None = None,
@@ -96,6 +98,8 @@ class HookedVLM(ResumableModel):
             max_memory: with `device_map`, what each device may hold: `{0: "20GB", "cpu": "8GB"}`.
             offload_folder: with `device_map`, where weights for the `disk` are written that are
                 not there in the `dtype`.
+            quantization_config: a `transformers.TorchAoConfig`: of how many bits the weights of
+                linear layers inside the blocks of text stacks are (`hooked-vlm[quantized]`).
             task: which task, where the tensors allow several.
             processor: a processor, or where to get one; by default the checkpoint's own.
             config: fields by stack that a bare file cannot tell, `{"text": {"n_heads": 4}}`.
@@ -109,8 +113,9 @@ class HookedVLM(ResumableModel):
                 tensors do not fit; the message names them.
             ValueError: a device that is not there, a dtype that it cannot compute in, a map that
                 does not fit the model or the memory.
+            ImportError: `quantization_config` without torchao.
         """
-        how = Loading(dtype, device, device_map, max_memory, offload_folder)
+        how = Loading(dtype, device, device_map, max_memory, offload_folder, quantization_config)
         download = {
             "revision": revision,
             "cache_dir": cache_dir,
@@ -129,6 +134,8 @@ class HookedVLM(ResumableModel):
         assign(model, checkpoint, rules, how)
         model.processor = processor
         model.provenance |= {"model": located.name, "revision": located.revision}
+        if quantization_config is not None:
+            model.provenance["quantization"] = str(quantization_config.quant_type)
         model._find_more(located, download)
         return model.eval()
 
@@ -148,7 +155,7 @@ class HookedVLM(ResumableModel):
         cfg, rules = kind.LAYOUT.read(InMemory(state), hf_config, None, {})
         with torch.device("meta"):
             model = kind(cfg)
-        assign(model, InMemory(state), rules, Loading())
+        assign(model, InMemory(state), rules)
         model.processor = processor
         model.provenance["model"] = type(hf_model).__name__
         model._take_more(hf_model)
@@ -168,7 +175,15 @@ class HookedVLM(ResumableModel):
 
         Args:
             folder: where to.
+
+        Raises:
+            ValueError: quantised weights, for which the layouts have no place.
         """
+        if any(is_traceable_wrapper_subclass(weight) for weight in self.parameters()):
+            raise ValueError(
+                "quantised weights are not saved; save the model as it is without "
+                "quantization_config=, and quantise on loading"
+            )
         config, rules = self.LAYOUT.write(self.cfg)
         state = dict(self.named_parameters())
         made = state if rules is None else revert(state, rules)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hooked_vlm.models import quantized
 from hooked_vlm.models.devices import AUTOMATIC, DISK, Placement, gigabytes, place
 from weights_conversion import Checkpoint, InMemory, plan
 from weights_conversion.rules import Step
@@ -35,6 +36,7 @@ class Loading:
         device_map: where to put each part, see `devices.place`.
         max_memory: how much each device may hold of them.
         offload_folder: where weights of the map's `disk` are written that need a conversion.
+        quantization_config: a `transformers.TorchAoConfig`, see `quantized`.
 
     Raises:
         ValueError: on construction: a device that is not there, or that cannot compute in the
@@ -46,12 +48,19 @@ class Loading:
     device_map: str | int | torch.device | Mapping[str, Any] | None = None
     max_memory: Mapping[Any, int | str] | None = None
     offload_folder: str | Path | None = None
+    quantization_config: Any = None
 
     def __post_init__(self) -> None:
         if self.device is not None and self.device_map is not None:
             raise ValueError("device= is for one device, device_map= for several; give one of them")
         if self.device_map is None and (self.max_memory, self.offload_folder) != (None, None):
             raise ValueError("max_memory= and offload_folder= go with device_map=")
+        if self.quantization_config is not None:
+            quantized.method(self.quantization_config)
+            if self.device_map is not None:
+                raise ValueError(
+                    "quantised weights are on one device: give device=, no device_map="
+                )
         devices: set[Any] = {"cpu" if self.device is None else self.device}
         if isinstance(self.device_map, Mapping):
             devices = set(self.device_map.values()) - {DISK}
@@ -92,7 +101,7 @@ def assign(
     model: ResumableModel,
     checkpoint: Checkpoint | InMemory,
     rules: list[Any],
-    how: Loading,
+    how: Loading = Loading(),
 ) -> None:
     """Fills a model made on the meta device; nothing is changed unless everything fits.
 
@@ -116,16 +125,20 @@ def assign(
     if how.device_map is not None:
         placement = place(model.to(dtype), how.device_map, how.max_memory)
         homes = placement.homes
-    stay, made, written = _sorted(steps, checkpoint, dtype, homes)
+    small = set() if how.quantization_config is None else quantized.names(model)
+    stay, made, written = _sorted(steps, checkpoint, dtype, homes, small)
     if written and how.offload_folder is None:
         raise ValueError(_too_large(placement, written, checkpoint, dtype))
     filled: dict[str, Tensor] = {}
     for step, tensor in _read(checkpoint, stay):
         filled |= step.apply(tensor)
-    for part in _parts(made, checkpoint, dtype):
+    for part in _parts(made, checkpoint, dtype, small):
         for step, tensor in _read(checkpoint, part):
             for name, value in step.apply(tensor).items():
                 filled[name] = value.to(device=homes[name], dtype=dtype)
+                if name in small:
+                    kind = quantized.method(how.quantization_config)
+                    filled[name] = quantized.quantized(filled[name], kind)
     for one in written:
         for step, tensor in _read(checkpoint, [one]):
             for name, value in step.apply(tensor).items():
@@ -156,11 +169,12 @@ def _sorted(
     checkpoint: Checkpoint | InMemory,
     dtype: torch.dtype,
     homes: Mapping[str, Any],
+    small: set[str],
 ) -> tuple[list[Step], list[Step], list[Step]]:
     """What stays in its file, what is converted or moved, and what is converted to the disk."""
     stay, made, written = [], [], []
     for step in steps:
-        same = checkpoint.dtypes[step.source] == dtype
+        same = checkpoint.dtypes[step.source] == dtype and small.isdisjoint(step.targets)
         here = {homes[name] for name in step.targets}
         if same and all(home is None or str(home) in ("cpu", DISK) for home in here):
             stay.append(step)
@@ -172,18 +186,24 @@ def _sorted(
 
 
 def _parts(
-    steps: list[Step], checkpoint: Checkpoint | InMemory, dtype: torch.dtype
+    steps: list[Step], checkpoint: Checkpoint | InMemory, dtype: torch.dtype, small: set[str]
 ) -> Iterator[list[Step]]:
     """Runs of steps such that what is made and what is mapped to make it stay near the whole.
 
     The largest come first, and long runs with them, while little else is in memory.
     """
     numbers = {step.source: math.prod(checkpoint.shapes[step.source]) for step in steps}
-    limit = (1 + SLACK) * dtype.itemsize * sum(numbers.values())
+    # Of quantised ones, torchao keeps a byte or less for each number.
+    sizes = {
+        step.source: numbers[step.source]
+        * (dtype.itemsize if small.isdisjoint(step.targets) else 1)
+        for step in steps
+    }
+    limit = (1 + SLACK) * sum(sizes.values())
     part: list[Step] = []
     made = mapped = 0
     for step in sorted(steps, key=lambda step: -numbers[step.source]):
-        new = dtype.itemsize * numbers[step.source]
+        new = sizes[step.source]
         old = checkpoint.dtypes[step.source].itemsize * numbers[step.source]
         if part and made + new + mapped + old > limit:
             yield part

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hooked_vlm.components.blocks import Door
 from hooked_vlm.components.hook_point import telling
@@ -230,7 +231,8 @@ class ResumableModel(HookedModel):
         return list(self.stacks).index(stack), layer, ("attn", "cross_attn", "mlp").index(part)
 
     def _fingerprint(self, inputs: dict[str, Any]) -> tuple[Any, ...]:
-        tensors = [*self.parameters(), *(t for t in inputs.values() if isinstance(t, Tensor))]
+        weights = [part for weight in self.parameters() for part in _parts(weight)]
+        tensors = [*weights, *(t for t in inputs.values() if isinstance(t, Tensor))]
         hooks = [
             (point.name, tuple(point._forward_hooks), tuple(point._backward_hooks))
             for point in self.hook_points()
@@ -238,3 +240,12 @@ class ResumableModel(HookedModel):
         ]
         versions = (None if t.is_inference() else t._version for t in tensors)
         return tuple(zip((t.data_ptr() for t in tensors), versions, strict=True)), tuple(hooks)
+
+
+def _parts(weight: Tensor) -> Iterator[Tensor]:
+    """The tensors in memory that a weight is made of, several where it is quantised."""
+    if not is_traceable_wrapper_subclass(weight):
+        yield weight
+        return
+    for name in weight.__tensor_flatten__()[0]:
+        yield from _parts(getattr(weight, name))
