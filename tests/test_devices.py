@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from zoo import error
 from zoo_llava import LLAMA, MISTRAL
 
-from hooked_vlm import HookedBLIP, HookedLlava
+from hooked_vlm import HookedBLIP, HookedLlava, HookedVLM
+from hooked_vlm.data.shapes import scenes
 from hooked_vlm.models import devices, loading
 from weights_conversion import ConversionError, InMemory, plan
 from weights_conversion.rules import rename
@@ -347,6 +348,36 @@ def test_everything_follows_to_the_devices_of_the_blocks(member, device_map, tmp
         assert model(**given).device == model.device
         found = numbers(model, given)
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["toy-blip-itm", "toy-blip-vqa", "toy-albef", "toy-clip", "toy-clip-resnet"]
+)
+def test_every_family_follows(name):
+    plain, model = HookedVLM.from_pretrained(name), HookedVLM.from_pretrained(name)
+    turns = {unit: f"cuda:{i % 2}" for i, (unit, _) in enumerate(devices.units(model))}
+    placement = devices.place(model, turns, None)
+    for path, parameter in model.named_parameters():
+        parameter.place = placement.homes[path]
+    placement.connect(model)
+    pictures = [scene.image() for scene in scenes(2 if "clip" in name else 1, seed=1)]
+    inputs = dict(plain.prepare(pictures, ["a red circle", "a blue square"]))
+    sites = [f"{stack}.blocks.1.hook_resid_pre" for stack in plain.stacks]
+
+    def numbers(model, inputs):
+        found = {"logits": model(**inputs)}
+        base = model.base_run(**inputs)
+        for site in sites:
+            patch = [(site, zero)]
+            found[f"patched {site}"] = model.run_with_hooks(**inputs, fwd_hooks=patch)
+            found[f"resumed {site}"] = model.resume(base, site, rows=[1, 0], fwd_hooks=patch)
+        return found
+
+    expected = numbers(plain, inputs)
+    with Devices():
+        found = numbers(model, {name: tensor.to(model.device) for name, tensor in inputs.items()})
+    for what, value in found.items():
+        assert error(value, expected[what]) < 1e-5, what
 
 
 def test_weights_go_home_when_a_unit_raised():

@@ -66,8 +66,14 @@ class Placement:
             self.main
         }:
             return
+        ends = {
+            f"{name}.{end}"
+            for name, stack in model.named_children()
+            if isinstance(stack, Stack)
+            for end in stack.AFTER_BLOCKS
+        }
         for name, unit in units(model):
-            back = None if "." in name else self.main
+            back = self.main if name in ends or "." not in name else None
             visit = Visit(self.runs[name], back)
             unit.register_forward_pre_hook(visit.arrive, with_kwargs=True)
             unit.register_forward_hook(visit.leave, always_call=True)
