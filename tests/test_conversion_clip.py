@@ -268,7 +268,8 @@ def test_a_vision_transformer_is_written_for_transformers(tmp_path, vocabulary):
     again = HookedCLIP.from_pretrained(tmp_path / "out")
     assert again.cfg == ours.cfg
     assert_same(state_of(again), state_of(ours))
-    assert torch.equal(again(**inputs), ours(**inputs))
+    # Not bit for bit: where a mapped weight lies decides which kernel a convolution takes.
+    torch.testing.assert_close(again(**inputs), ours(**inputs))
     # From OpenAI's file as well: what was transposed there is written contiguous here.
     file = pth(tmp_path / "ViT.pt", released(VIT))
     direct = HookedCLIP.from_pretrained(file, processor=vocabulary)
