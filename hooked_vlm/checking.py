@@ -76,7 +76,8 @@ def reference(model: HookedVLM, name: str, revision: str | None) -> Any:
             "compare with"
         )
     kind = getattr(transformers, config["architectures"][0])
-    source = locate(name, revision=revision).processor
+    located = locate(name, revision=revision)
+    source = None if "vision_tower" in model.provenance else located.processor
     with tempfile.TemporaryDirectory() as folder:
         if source is None:
             model.save_pretrained(folder)

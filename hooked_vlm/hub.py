@@ -11,9 +11,17 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from hooked_vlm import toys
+from weights_conversion import ConversionError
 from weights_conversion.files import shard_names
+from weights_conversion.llava_original import Tower
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# What stands in their place where a checkpoint is a part of a model.
+PARTS = {
+    "adapter_config.json": "a PEFT adapter alone; merge it into its base first (of a LLaVA with "
+    "its own scripts/merge_lora_weights.py), and name the folder of the whole",
+    "mm_projector.bin": "a LLaVA's projector alone; name the folder of a whole LLaVA",
+}
 
 
 @dataclass(frozen=True)
@@ -35,34 +43,63 @@ class Located:
     revision: str | None = None
 
 
-def locate(name_or_path: str | Path, **download: Any) -> Located:
+def locate(name_or_path: str | Path, *, weights: bool = True, **download: Any) -> Located:
     """Finds a checkpoint, and downloads it if it is a Hub name.
 
     Args:
         name_or_path: a toy's name, a folder, a file, or a name on the Hub.
+        weights: whether its weights are wanted, too, and not the `config.json` alone.
         **download: `revision`, `cache_dir`, `token`, `local_files_only`, as in huggingface_hub.
 
     Raises:
         FileNotFoundError: neither a toy nor a path nor reachable on the Hub; or a folder without
             weights or configuration.
-        weights_conversion.ConversionError: an index of shards that is none.
+        weights_conversion.ConversionError: an index of shards that is none, or a part of a model.
     """
     name = str(name_or_path)
     path = Path(toys.path(name)) if name in toys.names() else Path(name).expanduser()
     if path.is_file():
         return Located(name, [path], None, None)
     if path.is_dir():
-        return _folder(name, path)
+        return _folder(name, path, weights)
     if (
         path.is_absolute()
         or name.count("/") > 1
         or path.suffix in {".pth", ".pt", ".bin", ".safetensors"}
     ):
         raise FileNotFoundError(f"{name!r} is neither a file nor a folder")
-    return _hub(name, download)
+    return _hub(name, weights, download)
 
 
-def _folder(name: str, path: Path) -> Located:
+def locate_tower(tower: Tower, whole: str, given: str | Path | None, **download: Any) -> Located:
+    """Finds the image encoder that a checkpoint leaves to another one.
+
+    Args:
+        tower: what the checkpoint says of it.
+        whole: the checkpoint's name.
+        given: where the user says that it is: a folder or a name on the Hub.
+        **download: as for `locate`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    try:
+        located = locate(given or tower.name, weights=not tower.inside, **download)
+        if located.config is None:
+            raise FileNotFoundError(f"{located.name!r} is a file without its config.json")
+    except FileNotFoundError as error:
+        lacks = "its config.json and preprocessor_config.json"
+        if not tower.inside:
+            lacks = f"its weights, {lacks}"
+        raise FileNotFoundError(
+            f"{whole!r} is of LLaVA's own repository, which leaves the image encoder to "
+            f"{tower.name!r} (mm_vision_tower of its config.json); {lacks} could not be had. Pass "
+            f"vision_tower= with a folder or a Hub name that has them. {error}"
+        ) from error
+    return located
+
+
+def _folder(name: str, path: Path, weights: bool) -> Located:
     def find(file: str) -> Path | None:
         return path / file if (path / file).is_file() else None
 
@@ -72,10 +109,10 @@ def _folder(name: str, path: Path) -> Located:
             f"{path} has no config.json, so it is no checkpoint's folder; name the folder that "
             "holds it, or a released .pth file"
         )
-    return Located(name, _weights(str(path), find), config, str(path))
+    return Located(name, _weights(str(path), find) if weights else [], config, str(path))
 
 
-def _hub(name: str, download: dict[str, Any]) -> Located:
+def _hub(name: str, weights: bool, download: dict[str, Any]) -> Located:
     def fetch(file: str) -> Path | None:
         try:
             return Path(hf_hub_download(name, file, **download))
@@ -91,7 +128,7 @@ def _hub(name: str, download: dict[str, Any]) -> Located:
     assert config is not None
     download["revision"] = commit = config.parent.name  # one commit, whatever is pushed meanwhile
     where = f"{name!r}, on the Hub or, if offline, in its cache,"
-    return Located(name, _weights(where, fetch), config, name, commit)
+    return Located(name, _weights(where, fetch) if weights else [], config, name, commit)
 
 
 def _weights(where: str, find: Callable[[str], Path | None]) -> list[Path]:
@@ -100,6 +137,9 @@ def _weights(where: str, find: Callable[[str], Path | None]) -> list[Path]:
             return [whole]
         if (index := find(f"{weights}.index.json")) is not None:
             return list(_shards(index, find))
+    for part, said in PARTS.items():
+        if find(part) is not None:
+            raise ConversionError(f"{where} holds {said}")
     raise FileNotFoundError(f"{where} has no {' and no '.join(WEIGHTS)}, whole or in shards")
 
 

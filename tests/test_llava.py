@@ -295,7 +295,6 @@ def test_transformers_reads_what_is_written(member, tmp_path):
     ("change", "said"),
     [
         ({"model_type": "llava_next"}, "nothing fills 'image_newline'"),
-        ({"model_type": "llava_llama"}, "LLaVA's own repository cannot be opened yet"),
         ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer is \[-2, -5\]"),
         ({"vision_feature_layer": -4}, "vision_feature_layer=-4 is behind none of the 3 blocks"),
         ({"multimodal_projector_bias": False}, "a projector without biases"),
@@ -328,7 +327,7 @@ def test_bare_files_are_refused_by_name(tmp_path):
     with pytest.raises(ConversionError, match="HookedLlava, which opens it; HookedCLIP does not"):
         HookedCLIP.from_pretrained(tmp_path / "bare.bin")
     torch.save({"model.mm_projector.0.weight": torch.zeros(2, 2)}, tmp_path / "mm_projector.bin")
-    with pytest.raises(ConversionError, match="LLaVA's own repository"):
+    with pytest.raises(ConversionError, match="holds a projector alone"):
         HookedVLM.from_pretrained(tmp_path / "mm_projector.bin")
 
 

@@ -52,6 +52,12 @@ def main(
         overrides[stack] = {"n_heads": int(number)}
     if image_size is not None:
         overrides.setdefault("vision", {})["image_size"] = image_size
+    if source.is_dir():
+        raise typer.BadParameter(
+            f"{str(source)!r} is a folder, which from_pretrained opens as it is; the model's "
+            "save_pretrained writes the layout of transformers",
+            param_hint="SOURCE",
+        )
     if not source.is_file():
         raise typer.BadParameter(f"there is no file {str(source)!r}", param_hint="SOURCE")
     # Imported here, so that --help answers at once.

@@ -26,17 +26,10 @@ TYPES: dict[str, Family] = {
     "hooked_clip": "clip",
     "llava": "llava",
     "llava_next": "llava",
+    "llava_llama": "llava",
+    "llava_mistral": "llava",
 }
 PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
-ORIGINAL_LLAVA = (
-    "the files of LLaVA's own repository cannot be opened yet; HookedLlava opens the same weights "
-    "in transformers' layout, such as llava-hf/llava-1.5-7b-hf"
-)
-# Relatives that cannot be opened yet, and what can.
-UNREAD = {
-    "llava_llama": ORIGINAL_LLAVA,
-    "llava_mistral": ORIGINAL_LLAVA,
-}
 
 
 def family(names: Iterable[str], hf_config: Mapping[str, Any] | None) -> Family | None:
@@ -45,19 +38,12 @@ def family(names: Iterable[str], hf_config: Mapping[str, Any] | None) -> Family 
     Args:
         names: of the tensors.
         hf_config: the `config.json`, None for a bare file.
-
-    Raises:
-        ConversionError: a relative that cannot be opened yet.
     """
     kind = "" if hf_config is None else str(hf_config.get("model_type"))
     names = set(names)
-    if any(".mm_projector." in name for name in names):
-        kind = "llava_llama"
-    if kind in UNREAD:
-        raise ConversionError(UNREAD[kind])
     if hf_config is not None:
         return TYPES.get(kind)
-    if any(name.startswith(PROJECTOR) for name in names):
+    if any(name.startswith(PROJECTOR) or ".mm_projector." in name for name in names):
         return "llava"
     if any(name.startswith(("visual.", "text_model.encoder.")) for name in names):
         return "clip"

@@ -50,36 +50,58 @@ class Checkpoint:
     """
 
     def __init__(self, files: Iterable[str | Path]):
-        self.files = [Path(file) for file in files]
+        self.files: list[Path] = []
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._where: dict[str, Path] = {}
+        self._where: dict[str, tuple[Path, str]] = {}  # with the name that it has there
         # Of pickles: until the first read if they are mapped, else for good.
         self._kept: dict[Path, dict[str, Tensor]] = {}
-        for file in self.files:
-            for name, (shape, dtype) in self._read_heads(file).items():
+        self.add(files)
+
+    def add(self, files: Iterable[str | Path], prefix: str = "") -> None:
+        """Takes further files in.
+
+        Args:
+            files: as above.
+            prefix: what is put in front of the names of their tensors.
+
+        Raises:
+            ConversionError: as above.
+        """
+        for file in map(Path, files):
+            self.files.append(file)
+            for own, (shape, dtype) in self._read_heads(file).items():
+                name = prefix + own
                 if name in self._where:
-                    raise ConversionError(f"{name!r} is in {self._where[name]} and in {file}")
-                self.shapes[name], self.dtypes[name], self._where[name] = shape, dtype, file
+                    raise ConversionError(f"{name!r} is in {self._where[name][0]} and in {file}")
+                self.shapes[name], self.dtypes[name] = shape, dtype
+                self._where[name] = file, own
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by name, from files opened anew: what was read before can be let go."""
-        by_file: dict[Path, list[str]] = {}
+        by_file: dict[Path, dict[str, str]] = {}
         for name in names:
-            by_file.setdefault(self._where[name], []).append(name)
+            file, own = self._where[name]
+            by_file.setdefault(file, {})[name] = own
         found = {}
         for file, wanted in by_file.items():
             if file.suffix == ".safetensors":
                 with _open(file) as opened:
-                    found.update({name: opened.get_tensor(name) for name in wanted})
+                    found.update({name: opened.get_tensor(own) for name, own in wanted.items()})
             else:
                 tensors = self._unpickled(file)
-                found.update({name: tensors[name] for name in wanted})
+                found.update({name: tensors[own] for name, own in wanted.items()})
         return found
 
     def same(self, a: str, b: str) -> bool:
         """Whether two tensors hold the same numbers."""
         return _same(*self.read([a, b]).values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that holds the numbers of all weights; buffers do not count."""
+        weights = (name for name in self.dtypes if name.endswith((".weight", ".bias")))
+        return reduce(torch.promote_types, (self.dtypes[name] for name in weights))
 
     def _read_heads(self, file: Path) -> dict[str, tuple[Shape, torch.dtype]]:
         if file.suffix == ".safetensors":

@@ -26,22 +26,13 @@ def rules(cfg: LlavaConfig, names: Iterable[str] = ()) -> list[Rule]:
     text = "model.language_model" if in_memory else "language_model.model"
     head = "lm_head.weight" if in_memory else "language_model.lm_head.weight"
     embed = f"{text}.embed_tokens.weight"
-    runs, unread = cfg.vision.n_layers, range(cfg.vision.n_unread or 0)
     return [
-        *(
-            rule
-            for layer in unread
-            for rule in clip_hf.block(
-                f"{vision}.encoder.layers.{runs + layer}", f"vision.unread.blocks.{layer}"
-            )
-        ),
-        *clip_hf.vision(vision),
-        rename(f"{vision}.post_layernorm.{{p}}", "vision.unread.ln_final.{p}"),
+        *tower(cfg, vision),
         rename(f"{model}multi_modal_projector.linear_1.{{p}}", "projector.fc_in.{p}"),
         rename(f"{model}multi_modal_projector.linear_2.{{p}}", "projector.fc_out.{p}"),
         *[rename(f"{model}image_newline", "image_newline")] * (cfg.resolutions is not None),
         rename(embed, "text.embed.weight"),
-        *_block(f"{text}.layers.{{l}}", "text.blocks.{l}"),
+        *block(f"{text}.layers.{{l}}", "text.blocks.{l}"),
         rename(f"{text}.norm.weight", "text.ln_final.weight"),
         copy_of(head, embed) if cfg.tied else rename(head, "unembed.weight"),
         ignore("*.position_ids", because="a buffer of indices, made anew"),
@@ -49,7 +40,24 @@ def rules(cfg: LlavaConfig, names: Iterable[str] = ()) -> list[Rule]:
     ]
 
 
-def _block(theirs: str, ours: str) -> list[Rule]:
+def tower(cfg: LlavaConfig, theirs: str) -> list[Rule]:
+    """The table of the image encoder by its name there, with what is not read of it."""
+    runs, unread = cfg.vision.n_layers, range(cfg.vision.n_unread or 0)
+    return [
+        *(
+            rule
+            for layer in unread
+            for rule in clip_hf.block(
+                f"{theirs}.encoder.layers.{runs + layer}", f"vision.unread.blocks.{layer}"
+            )
+        ),
+        *clip_hf.vision(theirs),
+        rename(f"{theirs}.post_layernorm.{{p}}", "vision.unread.ln_final.{p}"),
+    ]
+
+
+def block(theirs: str, ours: str) -> list[Rule]:
+    """The table of a block of the language model, by its name there and here."""
     names = {
         "input_layernorm": "ln1",
         **{f"self_attn.{name}_proj": f"attn.{name}" for name in "qkvo"},

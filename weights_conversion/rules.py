@@ -39,6 +39,7 @@ class Rule:
         axes: how many axes of length one ours has in front of the source's.
         grid: whether it is a table of positions, a class token's and a square grid's, which may
             be of another size.
+        rows: how many rows of zeros ours has behind the source's.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Rule:
     transposed: bool = False
     axes: int = 0
     grid: bool = False
+    rows: int = 0
 
 
 def rename(source: str, target: str) -> Rule:
@@ -78,6 +80,11 @@ def positions(source: str, target: str, axes: int = 0) -> Rule:
     return Rule(source, (target,), axes=axes, grid=True)
 
 
+def extend(source: str, target: str, rows: int) -> Rule:
+    """A matrix over a vocabulary that has further tokens here, with zeros in their rows."""
+    return Rule(source, (target,), rows=rows)
+
+
 def copy_of(source: str, original: str) -> Rule:
     """A tied tensor: absent, equal to its original, or there in its place; never written."""
     return Rule(source, same_as=original)
@@ -105,6 +112,8 @@ class Step:
             tensor = _interpolated(tensor, self.shape[-2])
         if self.rule.axes:
             tensor = tensor[(None,) * self.rule.axes]
+        if self.rule.rows:
+            tensor = torch.cat([tensor, tensor.new_zeros(self.rule.rows, *tensor.shape[1:])])
         if len(self.targets) == 1:
             return {self.targets[0]: tensor}
         return dict(zip(self.targets, tensor.chunk(len(self.targets)), strict=True))
@@ -187,6 +196,7 @@ def plan(
                 problems.append(f"{target!r} is filled by {filled[target]!r} and by {name!r}")
             elif part != targets[target]:
                 of = f" from each of its {len(step.targets)} parts" * (len(step.targets) > 1)
+                of += f", the last {rule.rows} rows added" * bool(rule.rows)
                 problems.append(
                     f"wrong shape: {name!r} is {list(shape)}, {target!r} needs "
                     f"{list(targets[target])}{of}"
@@ -210,6 +220,8 @@ def _becomes(shape: Shape, rule: Rule, wanted: Shape | None) -> Shape | None:
     tables = [table for table in (shape, wanted or ()) if len(table) > 1]
     if rule.grid and len(tables) == 2 and all(_is_square(table[-2] - 1) for table in tables):
         shape = (*shape[:-2], tables[1][-2], shape[-1])
+    if rule.rows:
+        shape = (shape[0] + rule.rows, *shape[1:])
     parts = len(rule.targets)
     if parts <= 1:
         return shape
@@ -264,4 +276,6 @@ def revert(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Te
 def _reverted(parts: list[Tensor], rule: Rule) -> Tensor:
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
     whole = whole[(0,) * rule.axes]
+    if rule.rows:
+        whole = whole[: -rule.rows]
     return whole.mT if rule.transposed else whole

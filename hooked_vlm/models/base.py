@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -16,7 +17,7 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedModel
 
 from hooked_vlm.components.attention import bias_of
 from hooked_vlm.components.stack import TokenStack, Unembed
-from hooked_vlm.hub import Located, locate
+from hooked_vlm.hub import Located, locate, locate_tower
 from hooked_vlm.models.inputs import (
     Geometry,
     ImageLike,
@@ -29,6 +30,8 @@ from hooked_vlm.models.loading import Loading, assign
 from hooked_vlm.models.resumable import ResumableModel
 from weights_conversion import Checkpoint, ConversionError, InMemory, families, revert
 from weights_conversion.files import read_json, save
+from weights_conversion.llava_original import TOWER, Tower
+from weights_conversion.llava_processor import Source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,6 +82,7 @@ class HookedVLM(ResumableModel):
         quantization_config: Any = None,
         task: str | None = None,
         processor: str | Path | Any = None,
+        vision_tower: str | Path | None = None,
         config: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Model:
         """Opens a checkpoint; `HookedVLM.from_pretrained` itself finds the class that it needs.
@@ -102,13 +106,17 @@ class HookedVLM(ResumableModel):
                 linear layers inside the blocks of text stacks are (`hooked-vlm[quantized]`).
             task: which task, where the tensors allow several.
             processor: a processor, or where to get one; by default the checkpoint's own.
+            vision_tower: where the image encoder is, a folder or a name on the Hub, for files of
+                LLaVA's own repository, which leave it out; by default where their `config.json`
+                says.
             config: fields by stack that a bare file cannot tell, `{"text": {"n_heads": 4}}`.
 
         Returns:
             The model, in evaluation mode, with frozen parameters.
 
         Raises:
-            FileNotFoundError: no such checkpoint, or no tokenizer for a bare file.
+            FileNotFoundError: no such checkpoint, no tokenizer for a bare file, or no image encoder
+                for files of LLaVA's own repository.
             weights_conversion.ConversionError: files that are cut short, that hold code, or whose
                 tensors do not fit; the message names them.
             ValueError: a device that is not there, a dtype that it cannot compute in, a map that
@@ -116,7 +124,7 @@ class HookedVLM(ResumableModel):
             ImportError: `quantization_config` without torchao.
         """
         how = Loading(dtype, device, device_map, max_memory, offload_folder, quantization_config)
-        download = {
+        download: dict[str, Any] = {
             "revision": revision,
             "cache_dir": cache_dir,
             "token": token,
@@ -124,16 +132,34 @@ class HookedVLM(ResumableModel):
         }
         located = locate(name_or_path, **download)
         checkpoint = Checkpoint(located.files)
-        download["revision"] = located.revision
         hf_config = None if located.config is None else read_json(located.config)
         kind = cls._kind(checkpoint.shapes, hf_config)
+        own: Any = located.processor
+        towers: dict[str, str | None] = {}
+        if tower := kind._tower(checkpoint.shapes, hf_config):
+            beside = locate_tower(
+                tower, located.name, vision_tower, **download | {"revision": None}
+            )
+            # Released towers are of a wider type than the rest; the original code rounds them.
+            how = replace(how, dtype=dtype or checkpoint.dtype)
+            checkpoint.add(beside.files, prefix=TOWER)
+            assert hf_config and beside.config and beside.processor  # none of them is a bare file
+            hf_config |= {"vision_config": read_json(beside.config)}
+            own = Source(own, beside.processor, beside.revision, hf_config)
+            towers = {"vision_tower": beside.name, "vision_tower_revision": beside.revision}
+        elif vision_tower is not None:
+            raise ConversionError(
+                "vision_tower= is for files of LLaVA's own repository; this checkpoint holds its "
+                "image encoder itself"
+            )
+        download["revision"] = located.revision
         cfg, rules = kind.LAYOUT.read(checkpoint, hf_config, task, config or {})
-        processor, cfg = kind.LAYOUT.find_processor(processor, located.processor, cfg, **download)
+        processor, cfg = kind.LAYOUT.find_processor(processor, own, cfg, **download)
         with torch.device("meta"):
             model = kind(cfg)
         assign(model, checkpoint, rules, how)
         model.processor = processor
-        model.provenance |= {"model": located.name, "revision": located.revision}
+        model.provenance |= {"model": located.name, "revision": located.revision, **towers}
         if quantization_config is not None:
             model.provenance["quantization"] = str(quantization_config.quant_type)
         model._find_more(located, download)
@@ -188,6 +214,11 @@ class HookedVLM(ResumableModel):
         state = dict(self.named_parameters())
         made = state if rules is None else revert(state, rules)
         save(folder, made, config, self.processor, self.generation_config)
+
+    @classmethod
+    def _tower(cls, names: Iterable[str], hf_config: Mapping[str, Any] | None) -> Tower | None:
+        """The image encoder that a checkpoint leaves to one of its own, None where it is whole."""
+        return None
 
     @classmethod
     def _kind(

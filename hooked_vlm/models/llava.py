@@ -6,7 +6,7 @@ LLaVA-NeXT (https://llava-vl.github.io/blog/2024-01-30-llava-next), which has no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -39,6 +39,7 @@ from hooked_vlm.models.inputs import (
 )
 from hooked_vlm.models.tiling import NEWLINE, Tiling
 from weights_conversion import llava as layout
+from weights_conversion.llava_original import Tower
 from weights_conversion.llava_processor import processor_class
 
 if TYPE_CHECKING:
@@ -90,6 +91,10 @@ class HookedLlava(HookedVLM):
 
     def _take_more(self, hf_model: PreTrainedModel) -> None:
         self.generation_config = deepcopy(getattr(hf_model, "generation_config", None))
+
+    @classmethod
+    def _tower(cls, names: Iterable[str], hf_config: Mapping[str, Any] | None) -> Tower | None:
+        return layout.tower(names, hf_config)
 
     # --- the pass
 
