@@ -211,6 +211,9 @@ def test_a_prefix_that_nothing_follows(member):
     assert ours.generate(prefix=prefix, num_beams=2, **asked).tolist() == (
         ours.generate(**inputs, num_beams=2, **asked).tolist()
     )
+    word = torch.tensor([[4]])
+    beams = ours.generate(prefix=ours.prefill(input_ids=word), num_beams=2, **asked)
+    assert beams.tolist() == ours.generate(input_ids=word, num_beams=2, **asked).tolist()
 
 
 @each
@@ -238,6 +241,8 @@ def test_what_does_not_fit_a_prefix():
         ours.generate(inputs["pixel_values"])
     with pytest.raises(ValueError, match="image tokens"):
         ours.generate(input_ids=inputs["input_ids"])
+    with pytest.raises(ValueError, match="use_cache=False keeps nothing"):
+        ours.generate(**rest, prefix=prefix, use_cache=False)
     with pytest.raises(ValueError, match="leave logits_to_keep out"):
         ours(**inputs, return_type="loss", logits_to_keep=1)
 

@@ -391,7 +391,10 @@ def test_it_is_for_files_that_leave_it_out(folders, tmp_path):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
         ({"attention_bias": True}, "attention_bias is of no released model"),
         ({"vocab_size": None}, "no LLaVA configuration"),
-        ({"model_type": "llava_qwen"}, "'llava_qwen'; HookedLlava reads 'llava', 'llava_next', 'llava_llama'"),
+        (
+            {"model_type": "llava_qwen"},
+            "'llava_qwen'; HookedLlava reads 'llava', 'llava_next', 'llava_llama'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, said, folders):

@@ -8,6 +8,7 @@ at a site can reach.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -361,7 +362,8 @@ class Resuming(Flow):
             mask = mask[rows]
         begin = self.position if name == self.start else 0
         if door is None and not first:
-            with telling(self.stacks[name], torch.arange(inputs.shape[1], device=inputs.device)):
+            everywhere = torch.arange(inputs.shape[1], device=inputs.device)
+            with telling(self.stacks[name], everywhere) if begin else nullcontext():
                 x = self._embed(name, inputs[rows], None if merge is None else merge.of(rows))
             x = x[:, begin:]
         else:

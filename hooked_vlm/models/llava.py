@@ -418,7 +418,10 @@ class HookedLlava(HookedVLM):
             begin = prefix.length - (not input_ids.shape[1])
             if (prefix.input_ids[:, begin:] == self.cfg.image_token_id).any():
                 raise ValueError("the prefix ends in an image; give input_ids that follow it")
-            generation["past_key_values"] = prefix.cache(n_rows, begin)
+            if not generation.get("use_cache", True):
+                raise ValueError("use_cache=False keeps nothing; a prefix is kept: leave one out")
+            if begin:
+                generation["past_key_values"] = prefix.cache(n_rows, begin)
             rows = prefix.rows(n_rows)
             input_ids = torch.cat([prefix.input_ids[rows], input_ids], 1)
             attention_mask = torch.cat([prefix.attention_mask[rows], attention_mask], 1)
