@@ -107,6 +107,39 @@ def test_questions_have_their_answer_among_the_options(scene: Scene) -> None:
             assert question.answer != question.foil
 
 
+def test_questions_for_yes_or_no_by_hand() -> None:
+    answers = {question.text: question.answer for question in SCENE.yes_no_questions()}
+    # Of two shapes: 6 colours, 4 kinds, and 4 relations between 3 names of either.
+    assert len(answers) == len(SCENE.yes_no_questions()) == 2 * (6 + 4 + 4 * 9)
+    assert answers["is the circle red?"] == "yes"
+    assert answers["is the circle blue?"] == "no"
+    assert answers["is the blue object a square?"] == "yes"
+    assert answers["is the blue object a cross?"] == "no"
+    assert answers["is the red circle left of the square?"] == "yes"
+    assert answers["is the square left of the red object?"] == "no"
+    assert answers["is the blue square right of the red circle?"] == "yes"
+    assert answers["is the blue object above the circle?"] == "no"
+
+
+@given(any_scene)
+def test_questions_for_yes_or_no_say_what_captions_say(scene: Scene) -> None:
+    """Of each way to name the two shapes, one relation in four holds, that of a caption."""
+    said = {caption.replace("a ", "the ") for caption in scene.captions()}
+    asked = {q.text.removeprefix("is ").rstrip("?"): q for q in scene.yes_no_questions()}
+    assert {text for text in said if asked[text].answer == "yes"} == said
+    for attribute, share in (("color", 1 / 6), ("shape", 1 / 4), ("relation", 1 / 4)):
+        answers = [q.answer for q in asked.values() if q.attribute == attribute]
+        assert answers.count("yes") == share * len(answers)
+        assert answers.count("yes") + answers.count("no") == len(answers)
+    assert all({q.answer, q.foil} == {"yes", "no"} for q in asked.values())
+    for variant in scene.variants("relation"):
+        theirs = {q.text: q.answer for q in variant.yes_no_questions()}
+        for q in asked.values():
+            mirrored = theirs[q.text] != q.answer
+            along = any(f" {r} " in q.text for r in (scene.relation, variant.relation))
+            assert mirrored == (q.attribute == "relation" and along)
+
+
 @given(any_scene)
 def test_shapes_fill_their_boxes_and_never_touch(scene: Scene) -> None:
     first, second = scene.masks(480)

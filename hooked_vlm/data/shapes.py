@@ -164,7 +164,8 @@ class Question:
         answer: The right answer, one word.
         attribute: What it asks about.
         foil: The wrong one of two options, in two-option questions (``'is the circle red or
-            blue?'``, or in NOTICE's form ``'is this circle red or blue?'``); None in open ones.
+            blue?'``, or in NOTICE's form ``'is this circle red or blue?'``); of yes and no the
+            wrong one; None in open questions.
     """
 
     text: str
@@ -410,6 +411,43 @@ class Scene:
                     found.append(Question(text, place, "relation", opposite))
         return tuple(found)
 
+    def yes_no_questions(self) -> tuple[Question, ...]:
+        """All questions of the scene that are answered by yes or no.
+
+        Of a shape's colour and kind, and of all four relations, in which a shape is named by its
+        kind, by its colour, or by both. What a question takes for granted is true: where it says
+        'the red square', there is one.
+
+        Example:
+            >>> scene = Scene(Shape("circle", "red", (4, 10, 20, 26)),
+            ...               Shape("square", "blue", (26, 12, 40, 26)), "left of")
+            >>> for question in scene.yes_no_questions()[:2]:
+            ...     print(question.text, question.answer)
+            is the circle red? yes
+            is the circle green? no
+            >>> "is the blue square above the circle?" in {
+            ...     question.text for question in scene.yes_no_questions()}
+            True
+        """
+        found: list[Question] = []
+
+        def ask(text: str, true: bool, attribute: str) -> None:
+            answer, foil = ("yes", "no") if true else ("no", "yes")
+            found.append(Question(text, answer, attribute, foil))
+
+        for scene in (self, self.reversed()):
+            shape, other = scene.shapes
+            for color in COLORS:
+                ask(f"is the {shape.kind} {color}?", color == shape.color, "color")
+            for kind in KINDS:
+                ask(f"is the {shape.color} object a {kind}?", kind == shape.kind, "shape")
+            for one in _names(shape):
+                for another in _names(other):
+                    for relation in RELATIONS:
+                        text = f"is the {one} {relation} the {another}?"
+                        ask(text, relation == scene.relation, "relation")
+        return tuple(found)
+
 
 @dataclass(frozen=True)
 class MinimalPair:
@@ -556,6 +594,10 @@ def _mirrored(box: Box, relation: str) -> Box:
     if relation in ("left of", "right of"):
         return CANVAS - x1, y0, CANVAS - x0, y1
     return x0, CANVAS - y1, x1, CANVAS - y0
+
+
+def _names(shape: Shape) -> tuple[str, str, str]:
+    return shape.kind, shape.words, f"{shape.color} object"
 
 
 def _orders(answer: str, foil: str) -> tuple[tuple[str, str], ...]:
