@@ -193,22 +193,27 @@ def shapes_pairs(
         n: how many.
         seed: the same seed gives the same pairs.
         task: `itm`: the scene's caption; `vqa`: a question that the scene and its variant answer
-            differently; `captioning`: the caption up to the word that differs; `clip`: the
-            captions of both, since every image is compared with every text.
+            differently; `llava`: the same with a capital letter, and of relations such as 'Is the
+            red circle left of the square?', to be answered by yes or no; `captioning`: the caption
+            up to the word that differs; `clip`: the captions of both, since every image is
+            compared with every text.
         attribute: `color`, `shape` or `relation`, what the variant changes; None goes round all
             three.
-        corrupt: what is corrupt: the `image`, which shows the variant, or (`itm`) the `text`,
-            which is the variant's caption.
+        corrupt: what is corrupt: the `image`, which shows the variant, or (`itm`, `llava`) the
+            `text`: the variant's caption; or a question of as many tokens about the same image,
+            which asks about the other shape, or for the opposite relation.
         size: side of the images, in pixels.
 
     Raises:
         ValueError: an unknown task, a corruption it does not have, or what
             `shapes.minimal_pairs` raises.
     """
-    if corrupt not in ("image", "text") or (corrupt == "text" and task != "itm"):
-        raise ValueError(f"corrupt is 'image', or 'text' for task 'itm', not {corrupt!r}")
-    if task not in ("itm", "vqa", "captioning", "clip"):
-        raise ValueError(f"task is 'itm', 'vqa', 'captioning' or 'clip', not {task!r}")
+    if corrupt not in ("image", "text") or (corrupt == "text" and task not in ("itm", "llava")):
+        raise ValueError(
+            f"corrupt is 'image', or 'text' for task 'itm' or 'llava', not {corrupt!r}"
+        )
+    if task not in ("itm", "vqa", "captioning", "clip", "llava"):
+        raise ValueError(f"task is 'itm', 'vqa', 'captioning', 'clip' or 'llava', not {task!r}")
     made = []
     for index, scenes in enumerate(shapes.minimal_pairs(n, seed, attribute)):
         clean, other = scenes.clean, scenes.corrupt
@@ -217,6 +222,11 @@ def shapes_pairs(
         corrupt_image: Image.Image | None = other.image(size)
         if task == "vqa":
             text, answer, foil = _question(scenes)
+        elif task == "llava":
+            answer = "no" if index % 2 else "yes"
+            text, corrupt_text, answer, foil = _asked(scenes, answer, corrupt)
+            if corrupt == "text":
+                corrupt_image = None
         elif task == "captioning":
             text = text.split(f" {answer}")[0]
             if text == "a":  # either shape could come now: the one that differs is named last
@@ -242,3 +252,30 @@ def _question(scenes: shapes.MinimalPair) -> tuple[str, str, str]:
         if differs and question.foil in (None, other):
             return question.text, question.answer, other
     raise ValueError(f"no question tells the scenes of a {scenes.attribute!r} pair apart")
+
+
+def _asked(
+    scenes: shapes.MinimalPair, answer: str, corrupt: Literal["image", "text"]
+) -> tuple[str, str | None, str, str]:
+    """A question about the attribute, the corrupt one, and the answers to clean and corrupt.
+
+    Of relations, one that is answered by this `answer`.
+    """
+    clean, other = scenes.clean, scenes.corrupt
+    if scenes.attribute == "relation":
+        relation = clean.relation if answer == "yes" else shapes.OPPOSITES[clean.relation]
+        form = f"is the {clean.first.words} {{}} the {clean.second.kind}?"
+        text, changed = form.format(relation), form.format(shapes.OPPOSITES[relation])
+    else:
+        text, _, _ = _question(scenes)
+        openly = {
+            q.text for q in clean.questions() if (q.attribute, q.foil) == (scenes.attribute, None)
+        }
+        (changed,) = openly - {text}  # about the other shape
+    here, there = (
+        {q.text: q.answer for q in (*scene.questions(), *scene.yes_no_questions())}
+        for scene in (clean, other)
+    )
+    if corrupt == "text":
+        return text.capitalize(), changed.capitalize(), here[text], here[changed]
+    return text.capitalize(), None, here[text], there[text]
