@@ -10,7 +10,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 WORKERS ?= 2
 DEMO ?= demo
-TOYS ?= toy-blip-itm toy-blip-vqa toy-blip-captioning toy-albef toy-clip toy-clip-resnet
+TOYS ?= toy-blip-itm toy-blip-vqa toy-blip-captioning toy-albef toy-clip toy-clip-resnet toy-llava
 
 VENV := .venv
 BIN := $(VENV)/bin

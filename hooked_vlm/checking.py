@@ -140,7 +140,8 @@ def check(model: HookedVLM, name: str, *, revision: str | None = None) -> bool:
     """
     hf = reference(model, name, revision)
     scene = shapes.scenes(1, seed=0)[0]
-    text = scene.questions()[0].text if model.task == "vqa" else scene.caption()
+    asks = model.task in ("vqa", "llava")
+    text = scene.questions()[0].text if asks else scene.caption()
     inputs = dict(model.prepare(scene.image(384), text))
     theirs = dict(inputs)
     heads: list[Tensor] = []

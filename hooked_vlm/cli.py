@@ -58,7 +58,8 @@ def patch(
     foil: Annotated[str | None, typer.Option(help="The corrupt input's answer.")] = None,
     data: Annotated[Path | None, typer.Option(help="A CSV or JSONL of many pairs.")] = None,
     sites: Annotated[
-        list[str] | None, typer.Option(help="Hook names or globs; by default all cross heads.")
+        list[str] | None,
+        typer.Option(help="Hook names or globs; by default all heads that read the image."),
     ] = None,
     metric: Annotated[
         str | None, typer.Option(help="itm_margin, logit_diff, prob or log_prob.")

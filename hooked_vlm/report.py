@@ -23,14 +23,18 @@ from hooked_vlm.plots import attention_map
 
 
 def default_sites(model: HookedVLM) -> str:
-    """Every cross-attention head of the stack that reads the image; without one, its own heads."""
-    if not any(".cross_attn." in name for name in model.hook_dict):
+    """Every head by which a stack reads the image; of CLIP, whose texts do not, the image's own."""
+    if model.task == "clip":
         return "vision.*heads.*.hook_z"
-    return f"{_reader(model)}.blocks.*.cross_attn.heads.*.hook_z"
+    return f"{_reader(model)}.blocks.*.{_reads_by(model)}.heads.*.hook_z"
 
 
 def _reader(model: HookedVLM) -> str:
     return next(name for name in model.stacks if name != "vision")
+
+
+def _reads_by(model: HookedVLM) -> str:
+    return "attn" if model.task == "llava" else "cross_attn"
 
 
 def patch(
@@ -113,14 +117,13 @@ def _table(result: P.PatchingResult, top: int) -> Table:
 
 
 def _attention(model: HookedVLM, pair: Pair, site: Site, swept: dict[str, Any]) -> Figure | None:
-    """The strongest head's attention from the token where its patch restores the most."""
-    if (
-        site.head is None
-        or not site.component.startswith("cross_attn.")
-        or site.stack != _reader(model)
-    ):
+    """The strongest head's attention to the image, from where its patch restores the most."""
+    if site.head is None or site.stack != _reader(model):
         return None
-    z = f"{site.stack}.blocks.{site.layer}.cross_attn.heads.{site.head}.hook_z"
+    part = _reads_by(model)
+    if model.task == "clip" or not site.component.startswith(f"{part}."):
+        return None
+    z = f"{site.stack}.blocks.{site.layer}.{part}.heads.{site.head}.hook_z"
     each = P.activation_patching(model, pair, z, positions="each", progress=False, **swept)
     position = int(np.nanargmax(each.restored.values.reshape(-1)))
     inputs = model.prepare_prompt(pair.images, pair.texts, first_token=swept["first_token"])
@@ -128,11 +131,19 @@ def _attention(model: HookedVLM, pair: Pair, site: Site, swept: dict[str, Any]) 
     _, cache = model.run_with_cache(**inputs, names_filter=pattern)
     weights = cache[pattern][0, position].float().cpu().numpy()
     grid = model.cfg.vision.grid
+    if part == "attn":  # the image's features stand among the tokens
+        places = model.token_map(inputs).query(f"stack == {site.stack!r} and row == 0")
+        on_image = places.dropna(subset="patch_row")["position"].to_numpy()
+        off = "other tokens"
+    else:
+        on_image, off = np.arange(1, len(weights)), "the class token"
     token = model.to_str_tokens(inputs["input_ids"][0])[position]
-    head = f"layer {site.layer}, cross-attention head {site.head}, from token {position} {token!r}"
+    kind = "head" if part == "attn" else "cross-attention head"
+    head = f"layer {site.layer}, {kind} {site.head}, from token {position} {token!r}"
     return attention_map(
         open_images(pair.image)[0],
-        weights[1:].reshape(grid, grid),
+        weights[on_image].reshape(grid, grid),
         title=f"{head} of {pair.text!r}",
-        weight_off_grid=float(weights[0]),
+        weight_off_grid=float(np.delete(weights, on_image).sum()),
+        off_grid=off,
     )

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from hooked_vlm import HookedBLIP, cli
+from hooked_vlm import HookedVLM, cli
 from hooked_vlm.data import shapes_pairs
 from hooked_vlm.patching import activation_patching
 
@@ -34,19 +34,26 @@ def images(tmp_path):
     return tmp_path, pair
 
 
-@pytest.mark.parametrize("toy", ["toy-blip-itm", "toy-blip-captioning", "toy-blip-vqa"])
+HEADS = {
+    "toy-blip-itm": "text.blocks.*.cross_attn.heads.*.hook_z",
+    "toy-blip-captioning": "decoder.blocks.*.cross_attn.heads.*.hook_z",
+    "toy-blip-vqa": "text.blocks.*.cross_attn.heads.*.hook_z",
+    "toy-llava": "text.blocks.*.attn.heads.*.hook_z",
+}
+
+
+@pytest.mark.parametrize("toy", HEADS)
 def test_patch_alone(toy, tmp_path):
     out = tmp_path / "new" / "folder"
     result = run("patch", "--model", toy, "--out", out, "--top", 3)
     assert result.exit_code == 0, result.output
     assert {file.name for file in out.iterdir()} == WRITTEN
     assert all(is_drawn(out / name) for name in ("heatmap.png", "attention.png"))
-    model = HookedBLIP.from_pretrained(toy)
-    stack = "decoder" if "captioning" in toy else "text"
+    model = HookedVLM.from_pretrained(toy)
     expected = activation_patching(
         model,
         shapes_pairs(1, 0, model.task, "relation", size=192),
-        f"{stack}.blocks.*.cross_attn.heads.*.hook_z",
+        HEADS[toy],
         progress=False,
     )
     table = pd.read_csv(out / "result.csv")
@@ -150,13 +157,13 @@ def test_what_is_wrong_is_one_line(images, arguments, says, monkeypatch):
 # --- check
 
 
-@pytest.mark.parametrize("toy", ["toy-blip-itm", "toy-blip-captioning", "toy-blip-vqa"])
+@pytest.mark.parametrize("toy", HEADS)
 def test_check_agrees(toy, capfd):
     result = run("check", "--model", toy)
     assert result.exit_code == 0, result.output
     assert "differs" not in result.stdout
-    stacks = {"itm": ["text"], "captioning": ["decoder"], "vqa": ["text", "decoder"]}
-    for stack in ["vision", *stacks[toy.rpartition("-")[2]], "logits"]:
+    stacks = {"captioning": ["decoder"], "vqa": ["text", "decoder"]}
+    for stack in ["vision", *stacks.get(toy.rpartition("-")[2], ["text"]), "logits"]:
         assert any(f" {stack} " in line and "equal" in line for line in result.stdout.splitlines())
     assert result.stderr + capfd.readouterr().err == ""
 

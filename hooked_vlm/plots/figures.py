@@ -68,7 +68,12 @@ def _short(value: object) -> str:
 
 
 def attention_map(
-    image: Image.Image, weights: ArrayLike, *, title: str = "", weight_off_grid: float | None = None
+    image: Image.Image,
+    weights: ArrayLike,
+    *,
+    title: str = "",
+    weight_off_grid: float | None = None,
+    off_grid: str = "the class token",
 ) -> Figure:
     """Attention over the patches of an image, laid over the image, beside the image itself.
 
@@ -76,7 +81,8 @@ def attention_map(
         image: the original image.
         weights: [rows, columns] of patches that cover the image.
         title: what attends.
-        weight_off_grid: the attention that falls on no patch (the class token), to be told.
+        weight_off_grid: the attention that falls on no patch, to be told.
+        off_grid: what it falls on.
 
     Raises:
         ValueError: weights that are no grid.
@@ -105,7 +111,7 @@ def attention_map(
     for axes in (plain, laid):
         axes.set_xticks([])
         axes.set_yticks([])
-    off = "" if weight_off_grid is None else f" ({weight_off_grid:.2f} on the class token)"
+    off = "" if weight_off_grid is None else f" ({weight_off_grid:.2f} on {off_grid})"
     laid.set_title(f"attention per patch{off}", fontsize=10)
     figure.colorbar(colored, ax=laid, fraction=0.045, pad=0.03)
     figure.suptitle("\n".join(textwrap.wrap(title, 80)), fontsize=11)

@@ -31,7 +31,8 @@ class Card:
         n_scenes: How many held-out scenes were looked at.
         evaluation_seed: What these were drawn with.
         seed: Of the training.
-        steps: Of the training; a step is a batch of 64.
+        steps: Of the training; a step is a batch of 64, of the LLaVA of 20 scenes with six
+            questions each.
         seconds: Wall time of the training, drawing included.
         threads: How many threads it ran on.
         versions: Of Python and the packages that took part.
@@ -104,6 +105,7 @@ class _Family:
         library: That reads the folder, and its model cards' name for it.
         read_by: What the toy was measured with.
         images: What they are, as the stacks read them.
+        step: What a step of the training looks at.
     """
 
     called: str
@@ -112,6 +114,7 @@ class _Family:
     library: str
     read_by: str
     images: str = "48-pixel images in patches of 8"
+    step: str = "64 scenes"
 
 
 _BLIP = _Family(
@@ -145,6 +148,17 @@ _CLIP_RESNET = _Family(
     images="48-pixel images",
     library="hooked-vlm",
     read_by="`hooked_vlm.HookedCLIP`",
+)
+_LLAVA = _Family(
+    called="A LLaVA",
+    layout="in the layout of llava-hf",
+    blocks=(
+        "the image encoder of `toy-clip`, as it is packaged, read behind the second of its three"
+        " blocks; four Llama blocks, whose four query heads share two heads of keys and values"
+    ),
+    library="transformers",
+    read_by="transformers' own class",
+    step="20 scenes with six questions each",
 )
 _KINDS = ("color", "shape", "relation", "swapped colors", "other axis", "other scene")
 _RETRIEVAL = (
@@ -181,6 +195,16 @@ _ABOUT = {
         " decoder read the padding.",
         {"padded": "all kinds, in padded batches"},
     ),
+    "LlavaForConditionalGeneration": (
+        _LLAVA,
+        "answers questions about color, shape and relation, and describes a picture",
+        "An answer counts when it is exactly right (greedy); `accuracy` is the mean over the kinds"
+        " of question, which stand together in batches padded on the left. 'Two options' are"
+        " questions like 'Is the circle red or blue?'; 'yes' and 'no' are those whose answer it is,"
+        " like 'Is the red square left of the circle?'. A description, the answer to 'What is in"
+        " the picture?', counts when it is, word for word, one of the two true captions.",
+        {},
+    ),
     "BlipForConditionalGeneration": (
         _BLIP,
         "describes a picture",
@@ -213,7 +237,7 @@ def _readme(card: Card) -> str:
         f" --threads {card.threads}"
     )
     made = (
-        f"{card.steps:,} steps of 64 scenes, {card.seconds:,} seconds on a shared machine with"
+        f"{card.steps:,} steps of {family.step}, {card.seconds:,} seconds on a shared machine with"
         f" {card.threads} CPU thread{'s' if card.threads > 1 else ''}; {versions}. `card.json`"
         " holds the same numbers."
     )

@@ -23,7 +23,11 @@ def merges(words: list[str]) -> list[tuple[str, str]]:
         >>> merges(["to", "two"])
         [('t', 'o</w>'), ('t', 'w'), ('tw', 'o</w>')]
     """
-    spelled = [[*word[:-1], f"{word[-1]}</w>"] for word in sorted(words)]
+    return learn([[*word[:-1], f"{word[-1]}</w>"] for word in sorted(words)])
+
+
+def learn(spelled: list[list[str]]) -> list[tuple[str, str]]:
+    """The merges of words that are spelled out as pieces, which grow until each word is one."""
     found: list[tuple[str, str]] = []
     while pairs := Counter(pair for word in spelled for pair in pairwise(word)):
         best = max(sorted(pairs), key=lambda pair: pairs[pair])

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hooked_vlm.data import shapes
-from hooked_vlm.toys import evaluate_albef, evaluate_clip
+from hooked_vlm.toys import evaluate_albef, evaluate_clip, evaluate_llava
 from hooked_vlm.toys.false_captions import other_axis, other_scene, swapped_colors
 
 T = TypeVar("T")
@@ -69,7 +69,8 @@ def evaluate(folder: Path, n: int = 1000, seed: int = 1, size: int = shapes.CANV
         Retrieval: `accuracy` is the mean of accepting the true caption and of rejecting the three
         hard negatives, one changed word each. Questions and captions: `accuracy` is the share of
         exact answers (mean over the kinds of question) and of captions that are one of the two
-        true ones. CLIP: see ``evaluate_clip.retrieval``.
+        true ones. CLIP: see ``evaluate_clip.retrieval``. LLaVA: the mean over the kinds of
+        ``evaluate_llava.answers``.
 
     Raises:
         ValueError: If the folder holds another architecture.
@@ -81,6 +82,7 @@ def evaluate(folder: Path, n: int = 1000, seed: int = 1, size: int = shapes.CANV
         "hooked_albef": _albef,
         "CLIPModel": _clip,
         "hooked_clip": _clip,
+        "LlavaForConditionalGeneration": _llava,
     }
     config = json.loads((folder / "config.json").read_text())
     (architecture,) = config.get("architectures", [config["model_type"]])
@@ -121,6 +123,13 @@ def _clip(
 ) -> Report:
     rates = evaluate_clip.retrieval(folder, world, rng, size)
     return Report(rates.pop("accuracy"), rates, len(world))
+
+
+def _llava(
+    folder: Path, world: Sequence[shapes.Scene], rng: np.random.Generator, size: int
+) -> Report:
+    rates = evaluate_llava.answers(folder, world, rng, size)
+    return Report(float(np.mean(list(rates.values()))), rates, len(world))
 
 
 def _judged(

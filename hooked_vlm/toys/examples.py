@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import BlipProcessor, CLIPProcessor
+from transformers import BlipProcessor, CLIPProcessor, LlavaProcessor
 
 from hooked_vlm.data import shapes
 from hooked_vlm.toys import evaluate
@@ -47,7 +47,9 @@ class Examples:
             ``[scene, order, 2, 2]``.
     """
 
-    def __init__(self, n: int, seed: int, processor: BlipProcessor | CLIPProcessor):
+    def __init__(
+        self, n: int, seed: int, processor: BlipProcessor | CLIPProcessor | LlavaProcessor
+    ):
         self.processor = processor
         self.rng = np.random.default_rng([seed, 1])
         self.scenes = shapes.scenes(n, seed)

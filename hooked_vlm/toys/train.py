@@ -26,6 +26,7 @@ from transformers import (
     BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
     BlipProcessor,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
 )
 
@@ -35,10 +36,12 @@ from hooked_vlm.toys import card
 from hooked_vlm.toys.evaluate import PROMPT, evaluate
 from hooked_vlm.toys.examples import Examples
 from hooked_vlm.toys.fitting import WIDTH, TrainingHeads, fit
+from hooked_vlm.toys.llava_tokenizer import build_llava_processor
 from hooked_vlm.toys.matching import BATCH, matching_losses
 from hooked_vlm.toys.tokenizer import IMAGE_SIZE, MAX_POSITIONS, PATCH, build_processor
 from hooked_vlm.toys.train_albef import train_albef
 from hooked_vlm.toys.train_clip import train_clip, train_clip_resnet
+from hooked_vlm.toys.train_llava import train_llava
 
 N_SCENES = 20_000
 
@@ -189,6 +192,7 @@ RECIPES: dict[str, tuple[Callable[[int, int], PreTrainedModel | HookedVLM], int]
     "toy-albef": (train_albef, 3000),
     "toy-clip": (train_clip, 2000),
     "toy-clip-resnet": (train_clip_resnet, 1500),
+    "toy-llava": (train_llava, 3000),
 }
 """How each toy is trained, and for how many steps."""
 
@@ -200,13 +204,15 @@ def save(model: PreTrainedModel | HookedVLM, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    processor = build_processor()
+    llava = isinstance(model, LlavaForConditionalGeneration)
+    processor = build_llava_processor() if llava else build_processor()
     processor.save_pretrained(folder)
-    # The released folders hold these two as well, and older versions of transformers read them.
+    # The released folders hold these, too, and older versions of transformers read them.
     processor.image_processor.save_pretrained(folder)
-    vocabulary = sorted(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
-    pieces = [piece for piece, _ in vocabulary if piece not in ("[DEC]", "[ENC]")]
-    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    if not llava:
+        vocabulary = sorted(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        pieces = [piece for piece, _ in vocabulary if piece not in ("[DEC]", "[ENC]")]
+        (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner can read
 
