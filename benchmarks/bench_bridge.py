@@ -1,7 +1,7 @@
 """A LLaVA in transformers (sdpa), in TransformerLens' bridge and here, with the same weights: a
 forward pass, one that caches every z, and one that caches everything, over transformers' forward.
 
-By default LLaVA-7B's widths with 4 language and 2 image layers (4.3 GB), one image and 40 tokens.
+By default LLaVA-7B's widths with 4 language and 2 image layers (4.3 GB), one image and 40 words.
 """
 
 from __future__ import annotations
@@ -13,52 +13,17 @@ import sys
 
 import torch
 from bench_forward import KEEP
-from common import in_turn
+from common import in_turn, llava, prompt
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module  # installs nothing
-from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-from hooked_vlm import HookedLlava
-
-# Width, heads, width of the MLP and layers of each stack; side of the image.
-SIZES = {
-    "7b": ((4096, 32, 11008, 4), (1024, 16, 4096, 2), 336),
-    "small": ((512, 8, 1376, 8), (384, 6, 1536, 6), 112),
-}
-PATCH, VOCAB = 14, 32064
+from transformers import LlavaForConditionalGeneration
 
 
-def models(width: str) -> tuple[LlavaForConditionalGeneration, TransformerBridge, HookedLlava]:
-    """The three, sharing their weights; transformers' image encoder is read behind its end."""
-    *stacks, image = SIZES[width]
-    text, vision = (
-        {
-            "hidden_size": d_model,
-            "num_attention_heads": heads,
-            "intermediate_size": d_mlp,
-            "num_hidden_layers": layers,
-        }
-        for d_model, heads, d_mlp, layers in stacks
-    )
-    config = LlavaConfig(
-        text_config={"model_type": "llama", "vocab_size": VOCAB, **text},
-        vision_config={
-            "model_type": "clip_vision_model",
-            "image_size": image,
-            "patch_size": PATCH,
-            **vision,
-        },
-        image_token_index=VOCAB - 1,
-        image_seq_length=(image // PATCH) ** 2,
-        vision_feature_layer=-1,
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(0)
-    theirs = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+def bridged(theirs: LlavaForConditionalGeneration) -> TransformerBridge:
+    """TransformerLens' bridge around a copy of the model that shares its weights."""
     wrapped = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters()})
     wrapped.set_attn_implementation("eager")  # as TransformerLens' own boot does
-    bridge = build_bridge_from_module(wrapped, type(theirs).__name__, hf_config=wrapped.config)
-    return theirs, bridge, HookedLlava.from_hf(theirs)
+    return build_bridge_from_module(wrapped, type(theirs).__name__, hf_config=wrapped.config)
 
 
 def main() -> None:
@@ -66,19 +31,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--width", choices=SIZES, default="7b")
-    parser.add_argument("--words", type=int, default=40, help="tokens besides those of the image")
+    parser.add_argument("--layers", type=int, default=4, help="of the language model")
+    parser.add_argument("--vision-layers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=4096, help="of the language model")
     options = parser.parse_args()
     if KEEP.items() - os.environ.items():  # see bench_forward.py
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    theirs, bridge, ours = models(options.width)
-    words = torch.randint(5, VOCAB - 1, (1, options.words))
-    block = torch.full((1, ours.cfg.n_image_tokens), VOCAB - 1)
-    image = ours.cfg.vision.image_size
-    pixels = {"pixel_values": torch.randn(1, 3, image, image)}
-    ids = torch.cat([words[:, :5], block, words[:, 5:]], 1)
+    theirs, ours = llava(options.layers, options.vision_layers, options.width)
+    bridge, given = bridged(theirs), prompt(0)
+    ids, pixels = given["input_ids"], {"pixel_values": given["pixel_values"]}
 
     def every_z(name: str) -> bool:
         return name.endswith("hook_z")
