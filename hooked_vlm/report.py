@@ -21,6 +21,8 @@ from hooked_vlm.models.names import Site
 from hooked_vlm.patching.sweep import Direction
 from hooked_vlm.plots import attention_map
 
+LOOKS = 0.01  # a head of a language model with less attention than this on the image reads words
+
 
 def default_sites(model: HookedVLM) -> str:
     """Every head by which a stack reads the image; of CLIP, whose texts do not, the image's own."""
@@ -117,31 +119,42 @@ def _table(result: P.PatchingResult, top: int) -> Table:
 
 
 def _attention(model: HookedVLM, pair: Pair, site: Site, swept: dict[str, Any]) -> Figure | None:
-    """The strongest head's attention to the image, from where its patch restores the most."""
+    """The strongest head's attention to the image.
+
+    Of cross-attention it is that from the token where the head's patch restores the most, of a
+    language model from the one that looks at the image the most; of LLaVA-NeXT to the view of the
+    whole. None where the head reads no image.
+    """
     if site.head is None or site.stack != _reader(model):
         return None
     part = _reads_by(model)
     if model.task == "clip" or not site.component.startswith(f"{part}."):
         return None
     z = f"{site.stack}.blocks.{site.layer}.{part}.heads.{site.head}.hook_z"
-    each = P.activation_patching(model, pair, z, positions="each", progress=False, **swept)
-    position = int(np.nanargmax(each.restored.values.reshape(-1)))
     inputs = model.prepare_prompt(pair.images, pair.texts, first_token=swept["first_token"])
-    pattern = z.replace("hook_z", "hook_pattern")
-    _, cache = model.run_with_cache(**inputs, names_filter=pattern)
-    weights = cache[pattern][0, position].float().cpu().numpy()
+    name = z.replace("hook_z", "hook_pattern")
+    _, cache = model.run_with_cache(**inputs, names_filter=name)
+    pattern = cache[name][0].float().cpu().numpy()  # [query, key]
     grid = model.cfg.vision.grid
     if part == "attn":  # the image's features stand among the tokens
         places = model.token_map(inputs).query(f"stack == {site.stack!r} and row == 0")
-        on_image = places.dropna(subset="patch_row")["position"].to_numpy()
-        off = "other tokens"
+        seen = places[places["tile"] == 0].dropna(subset="patch_row")
+        on_image, off = seen["position"].to_numpy(), "other tokens"
+        looks = pattern[:, on_image].sum(1)
+        looks[places["image"].notna()] = 0  # features of the image itself
+        position = int(looks.argmax())
+        if looks[position] < LOOKS:
+            return None
     else:
-        on_image, off = np.arange(1, len(weights)), "the class token"
+        each = P.activation_patching(model, pair, z, positions="each", progress=False, **swept)
+        position = int(np.nanargmax(each.restored.values.reshape(-1)))
+        on_image, off = np.arange(1, pattern.shape[1]), "the class token"
+    weights = pattern[position]
     token = model.to_str_tokens(inputs["input_ids"][0])[position]
     kind = "head" if part == "attn" else "cross-attention head"
     head = f"layer {site.layer}, {kind} {site.head}, from token {position} {token!r}"
     return attention_map(
-        open_images(pair.image)[0],
+        open_images(pair.image)[0].crop(tuple(map(round, inputs.geometry[0].crop))),
         weights[on_image].reshape(grid, grid),
         title=f"{head} of {pair.text!r}",
         weight_off_grid=float(np.delete(weights, on_image).sum()),

@@ -9,9 +9,9 @@ stood right behind the image alone. So a step reads fewer tokens: half of those 
 
 The loss is that of the answers, and one more, which serves training only: at every token that names
 a shape by its colour or its kind, the first block's output must say which shape that is, by colour,
-kind and centre. With the centre alone, and read behind the second block, questions for yes or no
-about a relation stayed at chance between it and its opposite; read behind the first they were
-learned, but the two colours were still confused after 2,500 steps.
+kind and centre. In trials of 2,500 steps with the centre alone (which differed in other ways, too),
+questions for yes or no about a relation were not learned with the loss behind the second block, and
+colours were still confused with it behind the first.
 """
 
 from __future__ import annotations
