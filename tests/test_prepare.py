@@ -174,6 +174,9 @@ def test_things_of_another_kind_without_the_shape_checks(tmp_path):
     """In the tests every annotation is checked; here are the errors that a user sees."""
     hf_folder(tmp_path, reference("itm"))
     script = f"""
+import logging
+for name in ("torchao", "torch.utils._pytree"):  # which transformers imports, and which has notes
+    logging.getLogger(name).setLevel(logging.ERROR)
 from PIL import Image
 from hooked_vlm import HookedBLIP
 model, image = HookedBLIP.from_pretrained({str(tmp_path)!r}), Image.new("RGB", (9, 9))
