@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from zoo import Recorder, error
-from zoo_llava import LLAVA_PARITY, LONG, NEXT_PARITY, PATCHES, rms
+from zoo_llava import LLAVA_PARITY, LONG, NEXT_PARITY, PATCHES, LlavaMember, rms
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 # Points that no module of the reference gives, or whose gradient is of another tensor there.
@@ -120,6 +120,29 @@ def test_prompts_of_the_released_length(member, monkeypatch):
     mask = inputs["attention_mask"].bool()
     with torch.no_grad():
         assert error(ours(**inputs)[mask], theirs(**inputs).logits[mask]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_heads", [32, 8])
+def test_the_widths_of_7b(kv_heads, monkeypatch):
+    """One language and two image layers of the released widths, against transformers itself."""
+    for owner, name, theirs in PATCHES:
+        monkeypatch.setattr(owner, name, theirs)
+    language = "llama" if kv_heads == 32 else "mistral"
+    sizes = {"image": 336, "patch": 14, "vocab": 32064, "language": language}
+    member = LlavaMember((1024, 2, 16), (4096, 1, 32, kv_heads, 128), **sizes)
+    theirs, ours = member.pair(torch.float32)
+    inputs = member.inputs(2, dtype=torch.float32)
+    mask = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = theirs(**inputs, output_hidden_states=True)
+    logits, cache = ours.run_with_cache(**inputs, names_filter="text.blocks.0.hook_resid_*")
+    assert error(logits[mask], expected.logits[mask]) < 1e-5
+    assert (
+        error(cache["text.blocks.0.hook_resid_pre"][mask], expected.hidden_states[0][mask]) < 1e-5
+    )
+    last = ours.text.ln_final(cache["text.blocks.0.hook_resid_post"])
+    assert error(last[mask], expected.hidden_states[1][mask]) < 1e-5
 
 
 def test_far_positions_are_turned_as_far(monkeypatch):
