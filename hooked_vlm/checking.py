@@ -210,7 +210,8 @@ def deviation(model: HookedVLM, quantized: HookedVLM, name: str) -> None:
         share = float(difference.norm() / wanted.norm().clamp_min(1e-30))
         stack = model.stack_of(point) if point != "hook_logits" else "logits"
         rows.setdefault(stack, []).append((worst, point, share))
-    table = Table(title=f"{name}: {quantized.provenance['quantization']} against {model.dtype}")
+    method = quantized.provenance["quantization"].partition("(")[0]
+    table = Table(title=f"{name}: {method} against {model.dtype}")
     for column in ("stack", "tensors", "worst error", "at", "median share"):
         table.add_column(column, overflow="fold")
     for stack, measured in rows.items():
