@@ -228,6 +228,35 @@ def test_images_may_follow_a_prefix(member):
         ours.generate(prefix=prefix)
 
 
+def test_padding_inside_of_a_text_is_refused():
+    """It would count as distance, where transformers counts tokens."""
+    ours, inputs = pair(LLAMA)[1], LLAMA.inputs(1)
+    prefix = ours.prefill(**inputs)
+    texts = torch.tensor([[5, 6, 7], [0, 9, 8], [9, 8, 0]])
+    alone = [ours(input_ids=ids[None], prefix=prefix) for ids in (texts[0], texts[1, 1:])]
+    given = {"input_ids": texts[[0, 2]], "attention_mask": (texts[[0, 2]] != 0).long()}
+    behind = ours(**given, prefix=prefix)
+    assert (
+        error(behind[0], alone[0][0]) < 1e-12 and error(behind[1, :2], alone[1][0].flip(0)) > 1e-3
+    )
+    right = ours(input_ids=texts[2:, :2], prefix=prefix)
+    assert error(behind[1, :2], right[0]) < 1e-12
+    left = {"input_ids": texts[:2], "attention_mask": (texts[:2] != 0).long()}
+    for run in (ours, ours.generate):
+        with pytest.raises(ValueError, match=r"rows \[1\] have padding between their tokens"):
+            run(**left, prefix=prefix)
+    with pytest.raises(ValueError, match=r"rows \[1\] have padding between"):
+        ours.generate(**given)
+    padded = ours.prefill(**given)
+    with pytest.raises(ValueError, match=r"rows \[1\] have padding between"):
+        ours(input_ids=texts[:2], prefix=padded)
+    with pytest.raises(ValueError, match="is of whole texts; leave prefix out"):
+        ours(input_ids=texts[:2], prefix=prefix, return_type="loss")
+    config = transformers.GenerationConfig(use_cache=False)
+    with pytest.raises(ValueError, match="use_cache=False keeps nothing"):
+        ours.generate(input_ids=texts[:1], prefix=prefix, generation_config=config)
+
+
 def test_what_does_not_fit_a_prefix():
     ours, inputs = pair(LLAMA)[1], LLAMA.inputs(2, padded=False)
     first, rest = parts(inputs, inputs["input_ids"].shape[1] - 2)

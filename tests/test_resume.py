@@ -364,6 +364,30 @@ def test_nothing_before_the_position_is_computed(member):
 
 
 @each_causal
+def test_writers_that_no_site_names_see_all_positions(member):
+    """Those of the pass and standing ones: as in a full pass with the same hooks."""
+    model, inputs, stack = built(member), member.inputs(3), causal_stack(member)
+
+    def index(x, hook):
+        x[:, 1] = 0.5
+        return x
+
+    other = f"{stack}.blocks.0.hook_mlp_out"
+    site = Site(f"{stack}.blocks.0.attn.hook_z", position=2)
+    write = (site.name, at_position(2))
+    base = model.base_run(**inputs)
+    for extra in (other, "hook_logits"):
+        hooks = [write, (extra, index)]
+        naive = model.run_with_hooks(**inputs, fwd_hooks=hooks)
+        assert error(model.resume(base, site, fwd_hooks=hooks), naive) < EXACT, extra
+    model.add_hook(other, index)
+    base = model.base_run(**inputs)
+    naive = model.run_with_hooks(**inputs, fwd_hooks=[write])
+    assert error(model.resume(base, site, fwd_hooks=[write]), naive) < EXACT
+    model.reset_hooks()
+
+
+@each_causal
 def test_gradients_of_a_pass_resumed_at_a_position(member):
     model, inputs, stack = built(member), member.inputs(3), causal_stack(member)
     names = [f"{stack}.blocks.0.attn.hook_z", f"{stack}.blocks.0.hook_mlp_out"]

@@ -224,7 +224,8 @@ class SelfAttention(Attention):
             k, v, before = past.extend(layer, k, v)
         end = offset + x.shape[1]
         causal = mask is None and self.causal and q.shape[1] == end
-        if mask is None and self.causal and not causal:
+        last = q.shape[1] == 1 and queries.stop is None  # it sees all keys
+        if mask is None and self.causal and not (causal or last):
             mask = triangle(x.shape[1], end, x.device)[:, :, queries]
         return self._join(q, k, v, mask, causal, before)
 

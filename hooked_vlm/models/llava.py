@@ -132,6 +132,8 @@ class HookedLlava(LlavaInputs):
             raise ValueError(f"return_type is 'logits', 'loss' or None, not {return_type!r}")
         if logits_to_keep:
             raise ValueError("return_type='loss' reads all logits; leave logits_to_keep out")
+        if prefix is not None:
+            raise ValueError("return_type='loss' is of whole texts; leave prefix out")
         assert input_ids is not None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         told = mask.bool() & (input_ids != self.cfg.image_token_id)
@@ -159,6 +161,7 @@ class HookedLlava(LlavaInputs):
         before = prefix.before(len(input_ids))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = torch.cat([prefix.attention_mask[prefix.rows(len(mask))], mask], 1)
+        _check_whole(mask)
         return self._read(flow, input_ids, mask, merge, before)
 
     def _read(
@@ -352,7 +355,7 @@ class HookedLlava(LlavaInputs):
         )
         assert input_ids is not None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return Prefix(input_ids, mask, logits, recording.kept["text"].own)
+        return Prefix(input_ids.clone(), mask.clone(), logits, recording.kept["text"].own)
 
     @torch.no_grad()
     def generate(
@@ -403,13 +406,15 @@ class HookedLlava(LlavaInputs):
             begin = prefix.length - (not input_ids.shape[1])
             if (prefix.input_ids[:, begin:] == self.cfg.image_token_id).any():
                 raise ValueError("the prefix ends in an image; give input_ids that follow it")
-            if not generation.get("use_cache", True):
+            config = generation.get("generation_config") or self.generation_config
+            if not generation.get("use_cache", getattr(config, "use_cache", True)):
                 raise ValueError("use_cache=False keeps nothing; a prefix is kept: leave one out")
             if begin:
                 generation["past_key_values"] = prefix.cache(n_rows, begin)
             rows = prefix.rows(n_rows)
             input_ids = torch.cat([prefix.input_ids[rows], input_ids], 1)
             attention_mask = torch.cat([prefix.attention_mask[rows], attention_mask], 1)
+        _check_whole(F.pad(attention_mask, (0, 1), value=1))
 
         def step(ids: Tensor, mask: Tensor | None, past: Past) -> Tensor:
             flow, merge = Flow(self.stacks, logits_to_keep=1), None
@@ -472,6 +477,21 @@ class HookedLlava(LlavaInputs):
                     (first, None) if feature == NEWLINE else (first + view, n_ctx - size + patch)
                 )
         return token_map(inputs, self.cfg.vision.grid, self.to_str_tokens, self.stacks, standing)
+
+
+def _check_whole(mask: Tensor) -> None:
+    """Refuses padding inside of a text: rotary positions would count it as a distance.
+
+    Raises:
+        ValueError: it names the rows.
+    """
+    hole = (mask == 0) & (mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0)
+    if rows := hole.any(1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"rows {rows} have padding between their tokens, which would count as distance: pad "
+            "prompts of generate on the left, continue a prefix that is not padded on the right, "
+            "with texts of one length, or in forward padded on the right"
+        )
 
 
 def _real(pixel_values: Tensor, views: list[int]) -> Tensor:

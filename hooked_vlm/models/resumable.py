@@ -109,8 +109,9 @@ class ResumableModel(HookedModel):
         Points before the part of the block that holds the site do not fire. A change at the site
         comes from `fwd_hooks`, which may name that part's points and later ones.
 
-        Where the last stack is causal and all sites are in it and name a position, nothing before
-        the first of these is computed: hooks see the positions from there on, whose absolute
+        Where the last stack is causal, all sites are in it and name a position, and no other point
+        of it may be written (by these hooks or standing ones), nothing before the first of these
+        positions is computed: hooks see the positions from there on, whose absolute
         numbers are in `hook.ctx["positions"]`. Points of its embeddings see all of them, and those
         behind the stack the ones of which logits are made.
 
@@ -157,6 +158,8 @@ class ResumableModel(HookedModel):
                         "name it among the sites"
                     )
         first, length = self._first_position(base, sites, start[0])
+        if first and not self._writers(fwd_hooks) <= set(found):
+            first = 0  # a hook that is not named there may write at any position
         with ExitStack() as during:
             during.enter_context(self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end))
             flow = Resuming(self.stacks, base, *start, chosen, listeners, first, self._grad_wanted)
@@ -185,6 +188,12 @@ class ResumableModel(HookedModel):
             if not -length <= position < length:
                 raise ValueError(f"there is no position {position}: {last!r} has {length}")
         return min(position % length for position in at), length
+
+    def _writers(self, fwd_hooks: Hooks) -> set[str]:
+        """The points of the last stack, and behind it, at which some hook may write."""
+        names = {str(point.name) for point in self.hook_points() if point.has_writers}
+        names |= {name for asked, _ in fwd_hooks for name in self.hook_dict.match(asked)}
+        return {name for name in names if self.stack_of(name) == list(self.stacks)[-1]}
 
     def _places_own(self, name: str) -> bool:
         """Whether positions at a point are those of its stack: not so of keys of another stack."""
