@@ -10,6 +10,7 @@ from whole_zoo import FUSED, ZOO
 from zoo import BLIP, error
 
 from hooked_vlm import HookedVLM
+from hooked_vlm.components import attention
 from hooked_vlm.models.names import Site
 
 ITM, CAPTIONING, VQA = BLIP
@@ -361,6 +362,18 @@ def test_nothing_before_the_position_is_computed(member):
     for wrong in (length, -length - 1):
         with pytest.raises(ValueError, match=f"no position {wrong}: '{stack}' has {length}"):
             model.resume(base, Site(site.name, position=wrong))
+
+
+@each_causal
+def test_many_queries_behind_kept_keys_are_fused(member, monkeypatch):
+    monkeypatch.setattr(attention, "FEW", 0)
+    model, inputs, stack = built(member), member.inputs(3), causal_stack(member)
+    base, rows = model.base_run(**inputs), [2, 0, 0, 1]
+    for name in model.hook_dict.match([f"{stack}.blocks.*.attn.hook_[qkvz]", f"{stack}.*resid*"]):
+        hooks = [(name, at_position(2))]
+        resumed = model.resume(base, Site(name, position=2), rows=rows, fwd_hooks=hooks)
+        naive = model.run_with_hooks(**member.chosen(inputs, rows), fwd_hooks=hooks)
+        assert error(resumed, naive) < EXACT, name
 
 
 @each_causal

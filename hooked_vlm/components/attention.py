@@ -16,6 +16,10 @@ from hooked_vlm.components.memory import check_room
 from hooked_vlm.components.past import KeyValue, Past, consecutive, triangle
 from hooked_vlm.config import LlamaConfig, ResNetConfig, StackConfig
 
+# Behind kept keys, more queries than this are fused over a copy of them; fewer share one copy in
+# two products, whose scores grow with the queries times the keys.
+FEW = 16
+
 
 @dataclass
 class Source:
@@ -103,9 +107,15 @@ class Attention(nn.Module):
             causal: whether a query sees no key behind it; queries and keys are the same positions.
             before: keys and values in front of these, whose rows serve runs of their own.
         """
+        heard = self.hook_attn_scores.listening or self.hook_pattern.listening
+        if before is not None and not heard and q.shape[1] > FEW:
+            k, v = (
+                torch.cat([_repeat(kept, len(own)), own], 1)
+                for kept, own in zip(before, (k, v), strict=True)
+            )
+            before = None
         batch, groups = len(q), len(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        heard = self.hook_attn_scores.listening or self.hook_pattern.listening
         if before is None and not heard:
             grouped = self.group > 1
             fused = F.scaled_dot_product_attention(
