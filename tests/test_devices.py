@@ -48,7 +48,8 @@ def numbers(model, inputs):
     for site in model.sites("text.blocks.*.hook_resid_pre", positions=[-2]):
         patch = [(site.name, zero)]
         found[f"from {site}"] = model.resume(base, site, rows=[2, 0, 1, 1], fwd_hooks=patch)
-    found["generated"] = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    first = {name: value[:1] for name, value in inputs.items()}  # the longest: not padded
+    found["generated"] = model.generate(**first, max_new_tokens=3, do_sample=False)
     _, stopped = model.run_with_cache(**inputs, stop_at="text.blocks.0.hook_resid_mid")
     found |= {f"stopped {name}": value for name, value in stopped.items()}
     _, grads = model.run_with_cache(
