@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -129,6 +130,13 @@ def activations(
     return found, result
 
 
+def _example(model: HookedVLM) -> tuple[Image.Image, str]:
+    """An image and a text that the model can be asked about it."""
+    scene = shapes.scenes(1, seed=0)[0]
+    asks = model.task in ("vqa", "llava")
+    return scene.image(384), scene.questions()[0].text if asks else scene.caption()
+
+
 @torch.no_grad()
 def check(model: HookedVLM, name: str, *, revision: str | None = None) -> bool:
     """Prints the worst error per stack, and says whether rounding explains it.
@@ -139,10 +147,7 @@ def check(model: HookedVLM, name: str, *, revision: str | None = None) -> bool:
         revision: of a Hub name.
     """
     hf = reference(model, name, revision)
-    scene = shapes.scenes(1, seed=0)[0]
-    asks = model.task in ("vqa", "llava")
-    text = scene.questions()[0].text if asks else scene.caption()
-    inputs = dict(model.prepare(scene.image(384), text))
+    inputs = dict(model.prepare(*_example(model)))
     theirs = dict(inputs)
     heads: list[Tensor] = []
     if model.task == "vqa":
@@ -196,9 +201,7 @@ def deviation(model: HookedVLM, quantized: HookedVLM, name: str) -> None:
         quantized: the same, of fewer bits.
         name: what both were opened by.
     """
-    scene = shapes.scenes(1, seed=0)[0]
-    text = scene.questions()[0].text if model.task == "vqa" else scene.caption()
-    inputs = model.prepare_prompt(scene.image(384), text)
+    inputs = model.prepare_prompt(*_example(model))
     _, expected = model.run_with_cache(**inputs)
     _, found = quantized.run_with_cache(**inputs)
     rows: dict[str, list[tuple[float, str, float]]] = {}

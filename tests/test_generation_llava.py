@@ -135,6 +135,21 @@ def test_hooks_of_a_step():
         ours.generate(**inputs, fwd_hooks=[("hook_logit", steer)])
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"output_attentions": True},
+        {"output_hidden_states": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "static"},
+    ],
+)
+def test_options_that_a_step_cannot_serve_are_named(option):
+    ours, inputs = pair(LLAMA)[1], LLAMA.inputs(1)
+    with pytest.raises(ValueError, match=f"generate has no {next(iter(option))}= here: "):
+        ours.generate(**inputs, **option, max_new_tokens=2)
+
+
 def test_hooks_are_told_the_new_positions():
     ours, inputs, seen = pair(LLAMA)[1], LLAMA.inputs(2), []
 

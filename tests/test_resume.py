@@ -364,6 +364,17 @@ def test_nothing_before_the_position_is_computed(member):
             model.resume(base, Site(site.name, position=wrong))
 
 
+@each_task
+def test_what_a_base_keeps_is_not_edited(member):
+    model, inputs = built(member), member.inputs(2)
+    name = next(n for n in model.hook_names() if n.endswith("hook_resid_pre"))
+    base = model.base_run(**inputs, names_filter=name)
+    model.resume(base, name)
+    base.cache[name].mul_(2)
+    with pytest.raises(ValueError, match=r"kept, which base\.cache shares, were edited"):
+        model.resume(base, name)
+
+
 @each_causal
 def test_many_queries_behind_kept_keys_are_fused(member, monkeypatch):
     monkeypatch.setattr(attention, "FEW", 0)

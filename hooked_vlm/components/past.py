@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 KeyValue = tuple[Tensor, Tensor]  # [rows, pos, kv_head, d_head] each
@@ -107,9 +107,7 @@ def consecutive(rows: Int[Tensor, " batch"]) -> slice | Int[Tensor, " groups"]:
     return slice(first, first + len(groups)) if torch.equal(groups, following) else groups
 
 
-def triangle(
-    n_queries: int, n_keys: int, device: torch.device
-) -> Float[Tensor, "1 1 query key"] | Tensor:
+def triangle(n_queries: int, n_keys: int, device: torch.device) -> Bool[Tensor, "1 1 query key"]:
     """True where a key is not later than a query; the queries are the last of the positions."""
     full = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     return full.tril(n_keys - n_queries)[None, None]

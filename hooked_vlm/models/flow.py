@@ -120,6 +120,19 @@ class Base:
     cache: ActivationCache
     fingerprint: tuple[Any, ...]
 
+    def __post_init__(self) -> None:
+        kept = self.stacks.values()
+        tensors = [tensor for one in kept for tensor in (one.output, *one.doors.values())]
+        for one in kept:
+            for pair in (*one.cross.values(), *one.own.values()):
+                tensors += pair
+        self._versions = [(t, t._version) for t in tensors if not t.is_inference()]
+
+    @property
+    def edited(self) -> bool:
+        """Whether something that is kept was edited in place."""
+        return any(tensor._version != version for tensor, version in self._versions)
+
     def groups(self, stack: str, rows: Tensor) -> Tensor:
         """The groups of rows of a stack that belong to rows of the batch."""
         kept = self.stacks[stack]

@@ -18,7 +18,7 @@ from hooked_vlm.components.past import Past
 from hooked_vlm.components.stack import TextStack, Unembed, VisionStack
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.flow import Flow
-from hooked_vlm.models.generation import StepHooks, Writer
+from hooked_vlm.models.generation import StepHooks, Writer, sizes
 
 
 class FusedVLM(HookedVLM):
@@ -203,7 +203,8 @@ class FusedVLM(HookedVLM):
             `[CLS]` (ALBEF).
 
         Raises:
-            ValueError: a checkpoint without a decoder, which writes no text.
+            ValueError: a checkpoint without a decoder, which writes no text; an option of
+                `generate` that a step cannot serve.
         """
         if self.cfg.decoder is None:
             raise ValueError(
@@ -235,23 +236,15 @@ class FusedVLM(HookedVLM):
             with telling(self, at):
                 return self._continue(ids, mask, own, past)
 
-        size = self.cfg.decoder
         config = BlipTextConfig(
-            vocab_size=size.d_vocab,
-            hidden_size=size.d_model,
-            num_hidden_layers=size.n_layers,
-            num_attention_heads=size.n_heads,
-            max_position_embeddings=size.n_ctx,
+            **sizes(self.cfg.decoder),
             bos_token_id=self.cfg.bos_token_id,
             sep_token_id=self.cfg.sep_token_id,
             pad_token_id=self.cfg.pad_token_id,
             eos_token_id=self.cfg.sep_token_id,
         )
         writer = Writer(self, step, config, fwd_hooks=fwd_hooks)
-        # `generate` declares its self a PreTrainedModel; what it asks of one, Writer has.
-        return writer.generate(  # type: ignore[misc]
-            input_ids=prompt, attention_mask=attention_mask, **generation
-        )
+        return writer.write(input_ids=prompt, attention_mask=attention_mask, **generation)
 
     def _continue(
         self, ids: Tensor, mask: Tensor | None, source: Source, past: Past | None = None

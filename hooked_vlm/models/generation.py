@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hooked_vlm.components.past import Growing, KeyValue, Past, Shared
+from hooked_vlm.config import TokenConfig
 from hooked_vlm.models.hooked import Hooks
 from hooked_vlm.models.resumable import ResumableModel
 
@@ -21,6 +22,17 @@ StepHooks = Hooks | Callable[[int], Hooks]  # the same at every step, or by the 
 # From new ids, [batch, new], the mask over all positions so far, and what stands before, to
 # logits, [batch, new or 1, d_vocab].
 Step = Callable[[Tensor, Tensor | None, Past], Tensor]
+
+_HOOKS = "fwd_hooks= and model.hooks(...) see every activation of every step"
+_LAST = "a step makes the logits of one position"
+UNSERVED = {
+    "output_attentions": _HOOKS,
+    "output_hidden_states": _HOOKS,
+    "assistant_model": _LAST,
+    "prompt_lookup_num_tokens": _LAST,
+    "cache_implementation": "keys and values are kept as they come",
+    "position_ids": "positions are counted from the first column",
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,17 @@ class Prefix:
         )
 
 
+def sizes(cfg: TokenConfig) -> dict[str, Any]:
+    """What `generate` asks of a stack's configuration, as transformers calls it."""
+    return {
+        "vocab_size": cfg.d_vocab,
+        "hidden_size": cfg.d_model,
+        "num_hidden_layers": cfg.n_layers,
+        "num_attention_heads": cfg.n_heads,
+        "max_position_embeddings": cfg.n_ctx,
+    }
+
+
 class Writer(nn.Module, GenerationMixin):
     """A hooked model in the clothes that `GenerationMixin` wants, since `forward` gives logits.
 
@@ -100,6 +123,21 @@ class Writer(nn.Module, GenerationMixin):
         self.generation_config = deepcopy(made)
         self._hooks = fwd_hooks if callable(fwd_hooks) else list(fwd_hooks)
         self._steps = 0
+
+    def write(self, **generation: Any) -> Any:
+        """What `generate` gives.
+
+        Args:
+            **generation: its arguments.
+
+        Raises:
+            ValueError: one that a step cannot serve.
+        """
+        for name, way in UNSERVED.items():
+            if generation.get(name):
+                raise ValueError(f"generate has no {name}= here: {way}")
+        # `generate` declares its self a PreTrainedModel; what it asks of one, this has.
+        return self.generate(**generation)  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:

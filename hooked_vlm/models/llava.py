@@ -26,7 +26,7 @@ from hooked_vlm.components.stack import LlamaStack, VisionStack
 from hooked_vlm.config import LlavaConfig
 from hooked_vlm.hub import Located
 from hooked_vlm.models.flow import Flow, Merge, Recording, joined
-from hooked_vlm.models.generation import Prefix, StepHooks, Writer
+from hooked_vlm.models.generation import Prefix, StepHooks, Writer, sizes
 from hooked_vlm.models.inputs import token_map
 from hooked_vlm.models.llava_inputs import LlavaInputs
 from hooked_vlm.models.tiling import NEWLINE, Tiling
@@ -390,7 +390,8 @@ class HookedLlava(LlavaInputs):
             What transformers returns: ids, [batch, pos], that begin with the prompt.
 
         Raises:
-            ValueError: as in `forward`.
+            ValueError: as in `forward`; padding between tokens; an option of `generate` that a step
+                cannot serve.
         """
         if prefix is not None and input_ids is None:
             input_ids = prefix.input_ids[:, :0]
@@ -427,24 +428,16 @@ class HookedLlava(LlavaInputs):
                 merge = None if merge is None else merge.of(rows)
             return self._read(flow, ids, mask, merge, past)
 
-        size = self.cfg.text
         config = LlamaConfig(
-            vocab_size=size.d_vocab,
-            hidden_size=size.d_model,
-            num_hidden_layers=size.n_layers,
-            num_attention_heads=size.n_heads,
-            num_key_value_heads=size.n_key_value_heads,
-            head_dim=size.d_head,
-            max_position_embeddings=size.n_ctx,
+            **sizes(self.cfg.text),
+            num_key_value_heads=self.cfg.text.n_key_value_heads,
+            head_dim=self.cfg.text.d_head,
             bos_token_id=self.cfg.bos_token_id,
             eos_token_id=self.cfg.eos_token_id,
             pad_token_id=self.cfg.pad_token_id,
         )
         writer = Writer(self, step, config, self.generation_config, fwd_hooks)
-        # `generate` declares its self a PreTrainedModel; what it asks of one, Writer has.
-        return writer.generate(  # type: ignore[misc]
-            input_ids=input_ids, attention_mask=attention_mask, **generation
-        )
+        return writer.write(input_ids=input_ids, attention_mask=attention_mask, **generation)
 
     # --- inputs
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from hooked_vlm.models import quantized
 from hooked_vlm.models.devices import AUTOMATIC, DISK, Placement, gigabytes, place
 from weights_conversion import Checkpoint, InMemory, plan
-from weights_conversion.rules import Step
+from weights_conversion.rules import Rule, Step
 
 if TYPE_CHECKING:
     from hooked_vlm.models.resumable import ResumableModel
@@ -100,7 +100,7 @@ def check(dtype: torch.dtype | None, device: torch.device | str | int) -> None:
 def assign(
     model: ResumableModel,
     checkpoint: Checkpoint | InMemory,
-    rules: list[Any],
+    rules: list[Rule],
     how: Loading = Loading(),
 ) -> None:
     """Fills a model made on the meta device; nothing is changed unless everything fits.

@@ -131,13 +131,18 @@ class ResumableModel(HookedModel):
 
         Raises:
             KeyError: no such site.
-            ValueError: the base's weights, inputs or standing hooks have changed, a row or a
-                position is not in it, or a hook names a point before the site.
+            ValueError: the base's weights, inputs, standing hooks or kept tensors have changed, a
+                row or a position is not in it, or a hook names a point before the site.
         """
         if self._fingerprint(base.inputs) != base.fingerprint:
             raise ValueError(
                 "weights, inputs or standing hooks have changed since base_run made this base; "
                 "make a new one"
+            )
+        if base.edited:
+            raise ValueError(
+                "tensors that base_run kept, which base.cache shares, were edited in place; edit "
+                "copies, and make a new base"
             )
         sites = [site] if isinstance(site, str | Site) else list(site)
         names = [one.name if isinstance(one, Site) else one for one in sites]

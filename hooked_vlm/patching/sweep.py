@@ -292,10 +292,9 @@ def _batches(model: HookedVLM, cells: list[Cell], max_rows: int) -> Iterator[lis
     def place(cell: Cell) -> tuple[int, int, int]:
         return model.order_of(cell[1].name)
 
-    def order(
-        cell: Cell,
-    ) -> tuple[Any, ...]:  # near positions together: a batch starts at the first
-        return place(cell), cell[1].position or 0
+    def order(cell: Cell) -> tuple[Any, ...]:
+        position = cell[1].position or 0  # near ones together: a batch starts at the first
+        return place(cell), position < 0, position
 
     for _, group in groupby(sorted(cells, key=order), key=place):
         together = list(group)
