@@ -18,6 +18,7 @@ from hooked_vlm.data import Pair
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.inputs import open_images
 from hooked_vlm.models.names import Site
+from hooked_vlm.patching.cells import Swept
 from hooked_vlm.patching.sweep import Direction
 from hooked_vlm.plots import attention_map
 
@@ -103,7 +104,9 @@ def _png(figure: Figure) -> bytes:
 
 def _table(result: P.PatchingResult, top: int) -> Table:
     how, metric = result.provenance["direction"], result.provenance["metric"]
-    clean, corrupt = float(result.clean.mean()), float(result.corrupt.mean())
+    clean, corrupt = (
+        float(end.mean()) for end in (result.clean, result.corrupt) if end is not None
+    )
     table = Table(
         title=f"{metric}: clean {clean:.3f}, corrupt {corrupt:.3f} ({len(result.clean)} pairs)"
     )
@@ -118,14 +121,14 @@ def _table(result: P.PatchingResult, top: int) -> Table:
     return table
 
 
-def _attention(model: HookedVLM, pair: Pair, site: Site, swept: dict[str, Any]) -> Figure | None:
+def _attention(model: HookedVLM, pair: Pair, site: Swept, swept: dict[str, Any]) -> Figure | None:
     """The strongest head's attention to the image.
 
     Of cross-attention it is that from the token where the head's patch restores the most, of a
     language model from the one that looks at the image the most; of LLaVA-NeXT to the view of the
     whole. None where the head reads no image.
     """
-    if site.head is None or site.stack != _reader(model):
+    if not isinstance(site, Site) or site.head is None or site.stack != _reader(model):
         return None
     part = _reads_by(model)
     if model.task == "clip" or not site.component.startswith(f"{part}."):

@@ -339,7 +339,7 @@ def test_pairs_have_their_own_answers():
 
 
 def test_texts_of_unequal_lengths_name_the_pair_and_both_tokenizations():
-    model, scene = random_model("itm"), scenes().clean
+    scene = scenes().clean
     for task in ("itm", "captioning"):
         pair = Pair(scene.image(), "a red circle", None, "a red zoo", "a", "red", name="odd")
         says = (
@@ -348,17 +348,20 @@ def test_texts_of_unequal_lengths_name_the_pair_and_both_tokenizations():
         )
         with pytest.raises(ValueError, match=says):
             P.activation_patching(random_model(task), pair, "hook_logits", **QUIET)
-    with pytest.raises(ValueError, match=r"positions='each' needs pairs of one length.*\[5, 6\]"):
-        P.activation_patching(
-            model,
-            [
-                Pair(scene.image(), "a red circle", None, "a red square"),
-                Pair(scene.image(), "a large red circle", None, "a large red square"),
-            ],
-            "text.hook_embed",
-            positions="each",
-            **QUIET,
-        )
+
+
+def test_pairs_of_unequal_lengths_have_each_their_own_positions():
+    model, scene = random_model("itm"), scenes().clean
+    short = Pair(scene.image(), "a red circle", None, "a red square", name="short")
+    long = Pair(scene.image(), "a large red circle", None, "a large red square", name="long")
+    name = "text.blocks.0.hook_mlp_out"
+    both = P.activation_patching(model, [short, long], name, positions="each", **QUIET)
+    assert both.data.shape == (2, 1, 6)
+    for pair, length in ((short, 5), (long, 6)):
+        alone = P.activation_patching(model, pair, name, positions="each", **QUIET)
+        there = both.data.sel(pair=pair.name).values[0]
+        np.testing.assert_allclose(there[:length], alone.data.values[0, 0], rtol=0, atol=EXACT)
+    assert np.isnan(both.data.sel(pair="short").values[0, 5:]).all()
 
 
 def test_a_caption_from_nothing():
@@ -603,7 +606,7 @@ def test_sites_that_nothing_matches():
 def test_no_hook_stays_after_an_exception(fails_at):
     model, calls = random_model("itm"), []
 
-    def fail(logits, answer, foil):
+    def fail(logits, metric):
         calls.append(len(logits))
         if len(calls) == fails_at:
             raise RuntimeError("out of patience")

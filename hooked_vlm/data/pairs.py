@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -28,6 +28,9 @@ class Pair:
         answer: the clean input's answer, one token; None where the metric needs none.
         foil: the corrupt input's answer, one token.
         name: what results call the pair.
+        roles: token positions of the text by name of a role: words of the clean text, whose first
+            occurrence is meant, a position, or several. `answer` and `foil` are roles by
+            themselves where these words occur.
 
     Raises:
         ValueError: a corrupt input that is not there or is the clean one, or a corrupt text
@@ -41,6 +44,7 @@ class Pair:
     answer: str | None = None
     foil: str | None = None
     name: str = ""
+    roles: Mapping[str, str | int | Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for image in (self.image, self.corrupt_image):
@@ -98,15 +102,17 @@ def _same(one: ImageLike, other: ImageLike) -> bool:
     return Path(one) == Path(other)
 
 
-COLUMNS = tuple(field.name for field in fields(Pair))
+COLUMNS = tuple(one.name for one in fields(Pair) if one.name != "roles")
+ROLE = "role_"  # a column of the words of a role
 
 
 def read_pairs(file: str | Path, model: Any = None) -> list[Pair]:
     """Pairs from a CSV or JSONL file, one per line.
 
     Args:
-        file: columns, or keys, are the fields of `Pair`; `image` and `text` are required. Paths
-            of images are relative to the file.
+        file: columns, or keys, are the fields of `Pair`, and `role_subject` and the like for
+            the words of roles; `image` and `text` are required. Paths of images are relative to
+            the file.
         model: the model they are for; with it, texts that do not align are refused here, and not
             when they are patched.
 
@@ -121,7 +127,7 @@ def read_pairs(file: str | Path, model: Any = None) -> list[Pair]:
         where = f"{file}, line {number}"
         if None in row:
             raise ValueError(f"{where}: more cells than columns; quote a text that has commas")
-        if unknown := set(row) - set(COLUMNS):
+        if unknown := {key for key in row if not key.startswith(ROLE)} - set(COLUMNS):
             raise ValueError(f"{where}: no field {sorted(unknown)}; known are {COLUMNS}")
         values: dict[str, Any] = {
             key: value for key, value in row.items() if value not in ("", None)
@@ -136,8 +142,13 @@ def read_pairs(file: str | Path, model: Any = None) -> list[Pair]:
                 values[key] = file.parent / values[key]
                 if not values[key].is_file():
                     raise ValueError(f"{where}: {key} {str(values[key])!r} is not there")
+        roles = {
+            key.removeprefix(ROLE): values.pop(key)
+            for key in row
+            if key.startswith(ROLE) and key in values
+        }
         try:
-            pairs.append(Pair(**{"name": str(number), **values}))
+            pairs.append(Pair(**{"name": str(number), **values}, roles=roles))
             if model is not None:
                 pairs[-1].n_tokens(model.to_str_tokens)
         except ValueError as error:

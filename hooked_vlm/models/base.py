@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -316,7 +316,13 @@ class HookedVLM(ResumableModel):
             `patch_column` of the image and its box in pixels of the original image (`left`,
             `top`, `right`, `bottom`); the class token has neither.
         """
-        return token_map(inputs, self.cfg.vision.grid, self.to_str_tokens, self.stacks)
+        return self._token_map(inputs, self.to_str_tokens)
+
+    def _token_map(
+        self, inputs: BatchEncoding, to_str: Callable[[Tensor], list[str]]
+    ) -> pd.DataFrame:
+        """The same, of texts whose tokens `to_str` names."""
+        return token_map(inputs, self.cfg.vision.grid, to_str, self.stacks)
 
     def prepare_prompt(
         self,
@@ -327,6 +333,18 @@ class HookedVLM(ResumableModel):
     ) -> BatchEncoding:
         """As `prepare`, so that the last position of the logits predicts the answer."""
         return self.prepare(images, text, first_token=first_token)
+
+    def continued(self, inputs: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
+        """Inputs behind which some tokens of the answer stand, the same in every row.
+
+        Args:
+            inputs: from `prepare_prompt`, not padded on the right.
+            ids: the tokens.
+
+        Raises:
+            ValueError: a model that predicts no tokens, or inputs that are padded on the right.
+        """
+        raise ValueError(f"a model for task {self.task!r} predicts no tokens: none can follow")
 
     @property
     def _processor(self) -> Any:

@@ -35,6 +35,7 @@ class HookedCLIP(HookedVLM):
 
     LAYOUT = layout
     BY_POSITION = False
+    ROWS = "pixel_values"
     GLUE: ClassVar[dict[str, str]] = {"hook_image_embeds": "vision", "hook_text_embeds": "text"}
 
     def __init__(self, cfg: CLIPConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from hooked_vlm.components.stack import TextStack, Unembed, VisionStack
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.flow import Flow
 from hooked_vlm.models.generation import StepHooks, Writer, sizes
+from hooked_vlm.models.inputs import followed
 
 
 class FusedVLM(HookedVLM):
@@ -166,6 +168,19 @@ class FusedVLM(HookedVLM):
             )
 
     # --- generation
+
+    def continued(self, inputs: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
+        """Inputs behind which some tokens of the answer stand; see `HookedVLM.continued`."""
+        if self.cfg.decoder is None:
+            return super().continued(inputs, ids)
+        if self.task != "vqa":
+            return followed(inputs, ids, "input_ids", "attention_mask")
+        given = dict(inputs)
+        if given.get("decoder_input_ids") is None:
+            given["decoder_input_ids"] = torch.full(
+                (len(given["input_ids"]), 1), self.cfg.bos_token_id, device=self.device
+            )
+        return followed(given, ids, "decoder_input_ids", "decoder_attention_mask")
 
     def _prompt(self, input_ids: Tensor | None, batch: int) -> Tensor:
         """The first token, and the words of the text so far, without what stands around them."""

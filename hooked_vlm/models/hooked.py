@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class HookedModel(HookedRootModule):
         """The names of all ordinary hook points; with `heads`, those of every head too."""
         return list(self.hook_dict.names(heads))
 
-    def sites(self, names: Names, positions: Iterable[int] | None = None) -> list[Site]:
+    def sites(self, names: Names, positions: Iterable[Hashable] | None = None) -> list[Site]:
         """The sites that a name, a glob or a list of them means, in order.
 
         Args:
@@ -53,7 +53,7 @@ class HookedModel(HookedRootModule):
         Raises:
             KeyError: nothing matches.
         """
-        at: list[int | None] = [None] if positions is None else list(positions)
+        at: list[Hashable] = [None] if positions is None else list(positions)
         return [Site.parse(name, p) for name in self.hook_dict.match(names) for p in at]
 
     def list_hooks(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchEncoding
@@ -149,6 +150,28 @@ def check_texts(text: str | Sequence[str]) -> list[str]:
         if not isinstance(one, str) or not one.strip():
             raise ValueError(f"text {index} is empty or no string: {one!r}")
     return texts
+
+
+def followed(inputs: Mapping[str, Any], ids: Sequence[int], key: str, mask: str) -> dict[str, Any]:
+    """Inputs whose texts go on, in every row alike.
+
+    Args:
+        inputs: the inputs.
+        ids: the tokens that follow.
+        key: which of the inputs are the texts.
+        mask: which of them is their mask.
+
+    Raises:
+        ValueError: texts that are padded on the right.
+    """
+    texts, seen = inputs[key], inputs.get(mask)
+    if seen is not None and not seen[:, -1].all():
+        raise ValueError(f"{key} is padded on the right: nothing can follow; give one row each")
+    more = torch.tensor(list(ids), device=texts.device).expand(len(texts), -1)
+    made = {**inputs, key: torch.cat([texts, more], 1)}
+    if seen is not None:
+        made[mask] = torch.cat([seen, torch.ones_like(more)], 1)
+    return made
 
 
 def pre_caption(text: str, max_words: int) -> str:

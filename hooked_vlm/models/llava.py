@@ -6,7 +6,7 @@ LLaVA-NeXT (https://llava-vl.github.io/blog/2024-01-30-llava-next), which has no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -27,7 +27,7 @@ from hooked_vlm.config import LlavaConfig
 from hooked_vlm.hub import Located
 from hooked_vlm.models.flow import Flow, Merge, Recording, joined
 from hooked_vlm.models.generation import Prefix, StepHooks, Writer, sizes
-from hooked_vlm.models.inputs import token_map
+from hooked_vlm.models.inputs import followed, token_map
 from hooked_vlm.models.llava_inputs import LlavaInputs
 from hooked_vlm.models.tiling import NEWLINE, Tiling
 from weights_conversion import llava as layout
@@ -441,6 +441,10 @@ class HookedLlava(LlavaInputs):
 
     # --- inputs
 
+    def continued(self, inputs: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
+        """Inputs behind which some tokens of the answer stand; see `HookedVLM.continued`."""
+        return followed(inputs, ids, "input_ids", "attention_mask")
+
     def token_map(self, inputs: BatchEncoding) -> pd.DataFrame:
         """What stands at every position of every stack that `prepare` filled.
 
@@ -454,6 +458,11 @@ class HookedLlava(LlavaInputs):
             too; where a newline stands, `image` alone. Boxes end outside of the image where the
             processor pads it.
         """
+        return super().token_map(inputs)
+
+    def _token_map(
+        self, inputs: BatchEncoding, to_str: Callable[[Tensor], list[str]]
+    ) -> pd.DataFrame:
         places = inputs["input_ids"] == self.cfg.image_token_id
         n_ctx, size = self.cfg.vision.n_ctx, self.cfg.n_image_tokens
         tilings = self._tilings(inputs.get("pixel_values"), inputs.get("image_sizes"))
@@ -469,7 +478,7 @@ class HookedLlava(LlavaInputs):
                 standing[row, position] = (
                     (first, None) if feature == NEWLINE else (first + view, n_ctx - size + patch)
                 )
-        return token_map(inputs, self.cfg.vision.grid, self.to_str_tokens, self.stacks, standing)
+        return token_map(inputs, self.cfg.vision.grid, to_str, self.stacks, standing)
 
 
 def _check_whole(mask: Tensor) -> None:

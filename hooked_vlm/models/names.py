@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -30,7 +30,8 @@ class Site:
         layer: the block's number, None outside of blocks.
         component: the name inside the block or stack, without the head: `cross_attn.hook_z`.
         head: the head's number, None for all heads together.
-        position: the position, None for all of them.
+        position: the position, None for all of them; for `hooked_vlm.patching` also several, a
+            role or a part of the image.
     """
 
     name: str
@@ -38,10 +39,10 @@ class Site:
     layer: int | None = None
     component: str = ""
     head: int | None = None
-    position: int | None = None
+    position: Hashable = None
 
     @classmethod
-    def parse(cls, name: str, position: int | None = None) -> Site:
+    def parse(cls, name: str, position: Hashable = None) -> Site:
         """The site of a hook name."""
         match = _BLOCK.fullmatch(name)
         if match is None:

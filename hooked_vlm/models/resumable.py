@@ -27,6 +27,8 @@ class ResumableModel(HookedModel):
     GLUE: ClassVar[dict[str, str]]
     # Whether logits of a position come of it and earlier ones alone, if the last stack is causal.
     BY_POSITION: ClassVar[bool] = True
+    # The input of which each row gives a row of logits; others may be shared.
+    ROWS: ClassVar[str] = "input_ids"
 
     @property
     def stacks(self) -> dict[str, Stack[Any]]:
@@ -145,6 +147,11 @@ class ResumableModel(HookedModel):
                 "copies, and make a new base"
             )
         sites = [site] if isinstance(site, str | Site) else list(site)
+        for one in sites:
+            if isinstance(one, Site) and not isinstance(one.position, int | None):
+                raise ValueError(
+                    f"resume takes a position by its number, not {one.position!r} of {one.name!r}"
+                )
         names = [one.name if isinstance(one, Site) else one for one in sites]
         found = [name for glob in names for name in self.hook_dict.match(glob)]
         start = min((self._place(name) for name in found), key=self._order)
@@ -180,10 +187,12 @@ class ResumableModel(HookedModel):
     def _first_position(self, base: Base, sites: list[str | Site], start: str) -> tuple[int, int]:
         """The first position that a change at the sites can reach, and how many there are."""
         last = list(self.stacks)[-1]
-        at = [
+        at: list[int] = [
             one.position
             for one in sites
-            if isinstance(one, Site) and one.position is not None and self._places_own(one.name)
+            if isinstance(one, Site)
+            and isinstance(one.position, int)
+            and self._places_own(one.name)
         ]
         own = base.stacks[last].own
         if start != last or not self.BY_POSITION or not own or len(at) < len(sites):

@@ -1,16 +1,52 @@
-"""Patching: which part of a model carries an answer, by writing activations of another run."""
+"""Patching: which part of a model carries an answer, by writing into its activations."""
 
-from hooked_vlm.patching.metrics import METRICS, Metric, itm_margin, log_prob, logit_diff, prob
+from hooked_vlm.patching.cells import Together, random_sites, together, windows
+from hooked_vlm.patching.interventions import (
+    At,
+    Intervention,
+    knockout,
+    noise,
+    patch,
+    steer,
+    zero,
+)
+from hooked_vlm.patching.metrics import (
+    METRICS,
+    Metric,
+    accuracy,
+    itm_margin,
+    kl,
+    log_prob,
+    logit_diff,
+    prob,
+)
+from hooked_vlm.patching.places import Each, Region
 from hooked_vlm.patching.result import PatchingResult
-from hooked_vlm.patching.sweep import activation_patching
+from hooked_vlm.patching.sweep import ablate, activation_patching
 
 __all__ = [
     "METRICS",
+    "At",
+    "Each",
+    "Intervention",
     "Metric",
     "PatchingResult",
+    "Region",
+    "Together",
+    "ablate",
+    "accuracy",
     "activation_patching",
     "itm_margin",
+    "kl",
+    "knockout",
     "log_prob",
     "logit_diff",
+    "noise",
+    "patch",
     "prob",
+    "random_sites",
+    "steer",
+    "together",
+    "windows",
+    "zero",
 ]
