@@ -82,10 +82,8 @@ class FusedVLM(HookedVLM):
     ) -> Tensor:
         """Logits of an answer's tokens; of the first one where there is no answer yet."""
         if decoder_input_ids is None:
-            asked = flow.outputs["text"]
-            decoder_input_ids = torch.full(
-                (len(asked), 1), self.cfg.bos_token_id, device=asked.device
-            )
+            asked = len(flow.outputs["text"])
+            decoder_input_ids = torch.full((asked, 1), self.cfg.bos_token_id, device=self.device)
         self._check_text("decoder_input_ids", decoder_input_ids, decoder_attention_mask)
         return self._decode(flow, "text", decoder_input_ids, decoder_attention_mask, question_mask)
 

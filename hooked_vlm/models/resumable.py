@@ -29,6 +29,8 @@ class ResumableModel(HookedModel):
     BY_POSITION: ClassVar[bool] = True
     # The input of which each row gives a row of logits; others may be shared.
     ROWS: ClassVar[str] = "input_ids"
+    RECORDING: ClassVar[type[Recording]] = Recording
+    RESUMING: ClassVar[type[Resuming]] = Resuming
 
     @property
     def stacks(self) -> dict[str, Stack[Any]]:
@@ -87,7 +89,7 @@ class ResumableModel(HookedModel):
             cross-attention and of causal self-attention.
         """
         fingerprint = self._fingerprint(inputs)
-        recording = Recording(self.stacks, logits_to_keep)
+        recording = self.RECORDING(self.stacks, logits_to_keep)
         names = None if names_filter is True else names_filter
         entries, hooks, _ = self.get_caching_hooks(names) if names is not False else ({}, [], [])
         with self.hooks(hooks):
@@ -174,7 +176,9 @@ class ResumableModel(HookedModel):
             first = 0  # a hook that is not named there may write at any position
         with ExitStack() as during:
             during.enter_context(self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end))
-            flow = Resuming(self.stacks, base, *start, chosen, listeners, first, self._grad_wanted)
+            flow = self.RESUMING(
+                self.stacks, base, *start, chosen, listeners, first, self._grad_wanted
+            )
             if first:
                 at = torch.arange(first, length, device=self.device)
                 during.enter_context(telling(self, at))

@@ -21,8 +21,9 @@ from hooked_vlm.patching.metrics import (
     prob,
 )
 from hooked_vlm.patching.places import Each, Region
+from hooked_vlm.patching.plan import Plan
 from hooked_vlm.patching.result import PatchingResult
-from hooked_vlm.patching.sweep import ablate, activation_patching
+from hooked_vlm.patching.sweep import ablate, activation_patching, plan
 
 __all__ = [
     "METRICS",
@@ -31,6 +32,7 @@ __all__ = [
     "Intervention",
     "Metric",
     "PatchingResult",
+    "Plan",
     "Region",
     "Together",
     "ablate",
@@ -43,6 +45,7 @@ __all__ = [
     "logit_diff",
     "noise",
     "patch",
+    "plan",
     "prob",
     "random_sites",
     "steer",

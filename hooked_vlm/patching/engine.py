@@ -20,9 +20,9 @@ from hooked_vlm.patching.cells import Swept, module_of, parts
 from hooked_vlm.patching.interventions import At, Intervention
 from hooked_vlm.patching.metrics import Metric, as_numbers
 from hooked_vlm.patching.places import Each, Locator, NoSuchPlace, Place, as_place
+from hooked_vlm.patching.plan import MOST, Sketched
 from hooked_vlm.patching.runs import Run
 
-MOST = 64  # rows of a batch; more of them gain nothing
 Write = tuple[Site, tuple[int, ...] | None]  # a site, and which of its positions; None for all
 
 
@@ -80,6 +80,7 @@ class Sweep:
         memory: bytes that batches may take; None for half of what is free.
         excluded: how many cells could not be run, by reason.
         interrupted: whether the user ended it.
+        cap: more rows than this did not fit.
     """
 
     model: HookedVLM
@@ -92,6 +93,7 @@ class Sweep:
     memory: int | None = None
     excluded: Counter[str] = field(default_factory=Counter)
     interrupted: bool = False
+    cap: int = MOST
 
     @property
     def modules(self) -> list[str]:
@@ -187,6 +189,7 @@ class Sweep:
             unpatched runs, [run, pair].
         """
         found: list[np.ndarray] = []
+        room = Sketched(self)
         ends = np.full((self.runs[0].n_rows, len(self.runs)), np.nan)
         bar = None
         try:
@@ -203,7 +206,8 @@ class Sweep:
                         ends[:, pair] = 0
                     ends[:, pair] += np.array(unpatched) * begun.weight
                     sums = found[pair]
-                    for batch, numbers in self._measured(begun, cells):
+                    for batch in self.batches(cells, room.most):
+                        numbers = self._numbers(begun, batch)
                         for cell, value in zip(batch, numbers, strict=True):
                             before = 0.0 if number == 0 else sums[cell.at]
                             sums[cell.at] = before + value * begun.weight
@@ -217,24 +221,17 @@ class Sweep:
                 bar.close()
         return _stacked(found, len(self.runs)), ends
 
-    def _measured(
-        self, begun: Begun, cells: list[Cell]
-    ) -> Iterator[tuple[list[Cell], list[float]]]:
+    def batches(self, cells: list[Cell], most: Callable[[Cell], int]) -> Iterator[list[Cell]]:
         """Cells that resume at the same door together, as many at a time as there is room for."""
-        most = MOST if self.max_rows is None else self.max_rows
         for _, group in groupby(cells, key=lambda cell: cell.start):
             left = list(group)
             while left:
-                batch = left[:most]
-                numbers = self._numbers(begun, batch)
-                if numbers is None:
-                    most = (len(batch) + 1) // 2
-                    continue
-                left = left[len(batch) :]
-                yield batch, numbers
+                n = min(most(left[0]), self.cap)
+                yield left[:n]
+                left = left[n:]
 
-    def _numbers(self, begun: Begun, batch: list[Cell]) -> list[float] | None:
-        """The metric of the batch's runs; None if there was no room for so many.
+    def _numbers(self, begun: Begun, batch: list[Cell]) -> list[float]:
+        """The metric of the batch's runs; of halves of the batch where it is too large.
 
         Raises:
             MemoryError: there is no room for one.
@@ -249,7 +246,9 @@ class Sweep:
                 raise MemoryError(f"there is no room to run {sites} once: {error}") from error
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        return None
+        self.cap = (len(batch) + 1) // 2
+        halves = batch[: self.cap], batch[self.cap :]
+        return [value for half in halves for value in self._numbers(begun, half)]
 
     def logits(self, begun: Begun, batch: Sequence[Cell]) -> Tensor:
         """Logits of the batch's runs, row by row."""

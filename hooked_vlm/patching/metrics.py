@@ -146,7 +146,8 @@ def _log_prob(logits: Tensor, metric: Any) -> Tensor:
         chosen: Tensor = found[:, metric.answer]
         return chosen
     ids = torch.tensor(metric.continuation, device=logits.device)
-    return found.gather(-1, ids.expand(len(found), -1)[..., None]).sum((1, 2))
+    each: Tensor = found.gather(-1, ids.expand(len(found), -1)[..., None])
+    return each.sum((1, 2))
 
 
 def itm_margin() -> Metric:
@@ -194,10 +195,9 @@ def accuracy(answer: Token = None, *, tokens: Tokens = "one") -> Metric:
     """1 where the answer is what the model would say, token by token, else 0."""
 
     def right(logits: Tensor, metric: Any) -> Tensor:
-        if not metric.continuation:
-            return (logits.argmax(-1) == metric.answer).to(logits.dtype)
-        ids = torch.tensor(metric.continuation, device=logits.device)
-        return (logits.argmax(-1) == ids).all(-1).to(logits.dtype)
+        same = logits.argmax(-1) == torch.tensor(metric.answer, device=logits.device)
+        every: Tensor = same.all(-1) if metric.continuation else same
+        return every.to(logits.dtype)
 
     return Metric("accuracy", right, answer, needs=("answer",), tokens=tokens)
 

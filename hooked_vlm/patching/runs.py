@@ -38,7 +38,8 @@ class Run:
     roles: Mapping[str, Any] = field(default_factory=dict)
 
 
-Pairs = Pair | Sequence[Pair] | tuple[Inputs, Inputs]
+Sides = tuple[Inputs, Inputs]  # clean and corrupt, of as many rows
+Pairs = Pair | Sequence[Pair] | Sides | Sequence[Sides]
 
 
 def paired(
@@ -50,19 +51,20 @@ def paired(
     several: list[Any] = [pairs] if isinstance(pairs, Pair) else list(pairs)
     if not several:
         raise ValueError("no pairs were given")
-    if any(isinstance(one, Mapping) for one in several):
-        first = getattr(several[0], "first_token", "unknown")
-        sides = _sides(model, several)
-        for clean, corrupt in sides:
-            _joined(clean, corrupt)  # a ValueError before anything runs
-        bound = metric.bind(model, None)
+    if all(isinstance(one, Pair) for one in several):
         return [
-            Run(str(row), partial(_joined, clean, corrupt), bound)
-            for row, (clean, corrupt) in enumerate(sides)
-        ], first
-    return [_run(model, pair, index, metric, first_token) for index, pair in enumerate(several)], (
-        first_token
-    )
+            _run(model, pair, index, metric, first_token) for index, pair in enumerate(several)
+        ], first_token
+    if any(isinstance(one, Mapping) for one in several):
+        several = [several]
+    sides = [pair for one in several for pair in _sides(model, one)]
+    for clean, corrupt in sides:
+        _joined(clean, corrupt)  # a ValueError before anything runs
+    bound = metric.bind(model, None)
+    return [
+        Run(str(row), partial(_joined, clean, corrupt), bound)
+        for row, (clean, corrupt) in enumerate(sides)
+    ], getattr(several[0][0], "first_token", "unknown")
 
 
 def single(
@@ -113,13 +115,17 @@ def _prepared(model: HookedVLM, pair: Pair, first_token: FirstToken) -> Inputs:
     return inputs
 
 
-def _sides(model: HookedVLM, given: Sequence[Any]) -> list[tuple[Inputs, Inputs]]:
+def _sides(model: HookedVLM, given: Any) -> list[Sides]:
     """Clean and corrupt inputs, row by row.
 
     Raises:
         ValueError: not two inputs, of as many rows.
     """
-    if len(given) != 2 or not all(isinstance(one, Mapping) for one in given):
+    if (
+        isinstance(given, Pair | Mapping)
+        or len(given) != 2
+        or not all(isinstance(one, Mapping) for one in given)
+    ):
         raise ValueError("prepared inputs are given as (clean, corrupt), not mixed with pairs")
     clean, corrupt = given
     if clean.keys() != corrupt.keys():

@@ -16,6 +16,7 @@ from hooked_vlm.patching.engine import Sweep
 from hooked_vlm.patching.interventions import Given, as_intervention, patch, zero
 from hooked_vlm.patching.metrics import Metric, as_metric
 from hooked_vlm.patching.places import Each, Place, as_place, shown
+from hooked_vlm.patching.plan import Plan, Sketched
 from hooked_vlm.patching.result import PatchingResult, label
 from hooked_vlm.patching.runs import FirstToken, Inputs, Pairs, paired, single
 
@@ -70,15 +71,10 @@ def activation_patching(
             that misses its answer or foil.
         MemoryError: there is no room to run a single patch.
     """
-    if direction not in ("denoise", "noise"):
-        raise ValueError(f"direction is 'denoise' or 'noise', not {direction!r}")
-    chosen = as_metric(metric, model)
-    swept, places = _where(model, sites, positions)
-    runs, first = paired(model, pairs, chosen, first_token)
-    start = 1 if direction == "denoise" else 0
-    sweep = Sweep(model, runs, swept, places, patch(), start, _at_most(max_rows), memory)
-    told = {"method": "activation_patching", "direction": direction, "first_token": first}
-    return run(sweep, chosen, told, progress)
+    sweep, told = patching(
+        model, pairs, sites, metric, positions, direction, first_token, max_rows, memory
+    )
+    return run(sweep, told, progress)
 
 
 def ablate(
@@ -120,6 +116,103 @@ def ablate(
         ValueError: as in `activation_patching`; an intervention that gives another shape.
         MemoryError: there is no room to run a single cell.
     """
+    sweep, told = ablating(
+        model, inputs, sites, intervention, metric, positions, on, first_token, max_rows, memory
+    )
+    return run(sweep, told, progress)
+
+
+def plan(
+    model: HookedVLM,
+    pairs: Pairs | Inputs | Sequence[Inputs],
+    sites: Sites | None = None,
+    metric: MetricLike = None,
+    positions: Positions = None,
+    *,
+    intervention: Given | None = None,
+    first_token: FirstToken = "cls",
+    max_rows: int | None = None,
+    memory: int | None = None,
+) -> Plan:
+    """What a sweep will cost: nothing is computed but shapes.
+
+    Args:
+        model: as in `activation_patching`.
+        pairs: as in `activation_patching`; with an `intervention`, as in `ablate`.
+        sites: as there.
+        metric: as there.
+        positions: as there.
+        intervention: as in `ablate`; None plans `activation_patching`.
+        first_token: as there.
+        max_rows: as there.
+        memory: as there.
+
+    Raises:
+        MemoryError: there is no room to run a single patch.
+        ValueError: as there.
+    """
+    if intervention is None:
+        assert sites is not None, "patching has no sites of its own: give sites"
+        given: Any = pairs
+        swept, _ = patching(
+            model, given, sites, metric, positions, "denoise", first_token, max_rows, memory
+        )
+    else:
+        swept, _ = ablating(
+            model,
+            pairs,
+            sites,
+            intervention,
+            metric,
+            positions,
+            "clean",
+            first_token,
+            max_rows,
+            memory,
+        )
+    return Sketched(swept).plan()
+
+
+def patching(
+    model: HookedVLM,
+    pairs: Pairs,
+    sites: Sites,
+    metric: MetricLike,
+    positions: Positions,
+    direction: Direction,
+    first_token: FirstToken,
+    max_rows: int | None = None,
+    memory: int | None = None,
+) -> tuple[Sweep, dict[str, Any]]:
+    """The sweep of `activation_patching`, and what its result tells of it."""
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction is 'denoise' or 'noise', not {direction!r}")
+    chosen = as_metric(metric, model)
+    swept, places = _where(model, sites, positions)
+    runs, first = paired(model, pairs, chosen, first_token)
+    start = 1 if direction == "denoise" else 0
+    sweep = Sweep(model, runs, swept, places, patch(), start, _at_most(max_rows), memory)
+    return sweep, {
+        "method": "activation_patching",
+        "direction": direction,
+        "first_token": first,
+        "metric": chosen.name,
+    }
+
+
+def ablating(
+    model: HookedVLM,
+    inputs: Pairs | Inputs | Sequence[Inputs],
+    sites: Sites | None,
+    intervention: Given | None,
+    metric: MetricLike,
+    positions: Positions,
+    on: Literal["clean", "corrupt"],
+    first_token: FirstToken,
+    max_rows: int | None,
+    memory: int | None,
+) -> tuple[Sweep, dict[str, Any]]:
+    """The sweep of `ablate`, and what its result tells of it."""
     if on not in ("clean", "corrupt"):
         raise ValueError(f"on is 'clean' or 'corrupt', not {on!r}")
     chosen = as_metric(metric, model)
@@ -139,11 +232,17 @@ def ablate(
         written = written.ready(model, modules)
     start = 0 if on == "clean" else 1
     sweep = Sweep(model, runs, swept, places, written, start, _at_most(max_rows), memory)
-    told = {"method": "ablate", "direction": "ablate", "first_token": first}
-    return run(sweep, chosen, told | {"intervention": written.name, "on": on}, progress)
+    return sweep, {
+        "method": "ablate",
+        "direction": "ablate",
+        "first_token": first,
+        "metric": chosen.name,
+        "intervention": written.name,
+        "on": on,
+    }
 
 
-def run(sweep: Sweep, metric: Metric, told: dict[str, Any], progress: bool) -> PatchingResult:
+def run(sweep: Sweep, told: dict[str, Any], progress: bool) -> PatchingResult:
     """Runs a sweep and labels what it gave."""
     model = sweep.model
     desc = "patching" if told["direction"] != "ablate" else "ablating"
@@ -153,7 +252,6 @@ def run(sweep: Sweep, metric: Metric, told: dict[str, Any], progress: bool) -> P
     provenance = {
         **model.provenance,
         **told,
-        "metric": metric.name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "complete": not sweep.interrupted,

@@ -1,0 +1,148 @@
+"""What a sweep will cost, before it runs: its own code, on shapes alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hooked_vlm.components.memory import free
+from hooked_vlm.models.sketch import Work, measured, sketch
+
+if TYPE_CHECKING:
+    from hooked_vlm.models.flow import Base
+    from hooked_vlm.patching.engine import Begun, Cell, Sweep
+
+MOST = 64  # rows of a batch; more of them gain nothing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a sweep.
+
+    Attributes:
+        runs: how many runs it makes besides those of the pairs themselves.
+        forward_macs: multiplications with an addition of one forward pass of one row, without
+            what rows share, such as the texts of a CLIP.
+        macs: those of the sweep.
+        loop_macs: those of one full pass for each run, and those of the pairs.
+        memory: bytes of activations, of a pair's kept run and of the largest batch.
+        max_rows: rows of the largest batch.
+    """
+
+    runs: int
+    forward_macs: int
+    macs: int
+    loop_macs: int
+    memory: int
+    max_rows: int
+
+    @property
+    def forward_equivalents(self) -> float:
+        """How many forward passes of one row the sweep is worth."""
+        return self.macs / self.forward_macs
+
+    @property
+    def speedup(self) -> float:
+        """How many times less a sweep computes than a loop of full passes."""
+        return self.loop_macs / self.macs
+
+    def __str__(self) -> str:
+        return (
+            f"{self.runs} runs in {self.forward_equivalents:.2f} forward passes "
+            f"({self.speedup:.0f} times less than a loop), {self.memory / 2**20:.0f} MiB, "
+            f"batches of {self.max_rows}"
+        )
+
+
+class Sketched:
+    """A sweep on shapes: what its passes take.
+
+    Args:
+        sweep: the sweep. Its intervention is left out: it would compute with numbers.
+    """
+
+    def __init__(self, sweep: Sweep):
+        self.limit = free(sweep.model.device) // 2 if sweep.memory is None else sweep.memory
+        self.given = sweep.max_rows
+        self.sweep = replace(
+            sweep,
+            model=sketch(sweep.model),
+            intervention=replace(sweep.intervention, of=lambda value, at: value),
+            excluded=Counter(),
+        )
+        self._room: dict[Any, int] = {}
+        self._begun: Begun | None = None
+
+    def most(self, cell: Cell) -> int:
+        """How many runs like one there is room for at a time.
+
+        Raises:
+            MemoryError: there is no room for one.
+        """
+        if self.given is not None:
+            return self.given
+        kind = tuple(dict.fromkeys(site.component for site, _ in cell.writes))
+        if kind not in self._room:  # the first of a kind begins the earliest and takes the most
+            self._room[kind] = self._fitting(cell)
+        return self._room[kind]
+
+    def _fitting(self, cell: Cell) -> int:
+        if self._begun is None:
+            self._begun = next(self.sweep.begin(0))
+        one, two = (self._passed(self._begun, [cell] * n).peak for n in (1, 2))
+        kept, each = held(self._begun.base), max(1, two - one)
+        rows = int((self.limit - kept - one) // each + 1)
+        if rows < 1:
+            raise MemoryError(
+                f"{(kept + one) / 2**20:.1f} MiB are needed to run {cell.writes[0][0].name!r} once "
+                f"({kept / 2**20:.1f} for the kept run), and {self.limit / 2**20:.1f} may be used: "
+                "give more memory="
+            )
+        return min(MOST, rows)
+
+    def _passed(self, begun: Begun, batch: Sequence[Cell]) -> Work:
+        with measured() as work:
+            self.sweep.logits(begun, batch)
+        return work
+
+    def plan(self) -> Plan:
+        """The cost of the whole; every pair counts as the first."""
+        sweep, n = self.sweep, len(self.sweep.runs)
+        macs = loop = memory = rows = runs = forward = 0
+        passes = sweep.begin(0)
+        while True:
+            with measured() as work:
+                begun = next(passes, None)
+            if begun is None:
+                break
+            macs += work.macs
+            cells = sweep.cells(begun)
+            forward = self._forward(begun)
+            for batch in sweep.batches(cells, self.most):
+                made = self._passed(begun, batch)
+                macs += made.macs
+                rows = max(rows, len(batch))
+                memory = max(memory, held(begun.base) + made.peak)
+            runs += len(cells)
+            loop += forward * (len(cells) + sweep.runs[0].n_rows)
+        return Plan(runs * n, forward, macs * n, loop * n, memory, rows)
+
+    def _forward(self, begun: Begun) -> int:
+        """The work of a pass of one row; of what rows share, nothing."""
+        model = self.sweep.model
+        first = next(name for name in model.hook_dict if name.partition(".")[0] in model.stacks)
+        with measured() as work:
+            model.resume(begun.base, first, rows=[self.sweep.start])
+        return work.macs
+
+
+def held(base: Base) -> int:
+    """Bytes that a base keeps, each tensor's memory counted once."""
+    tensors = [base.logits, *base.cache.cache_dict.values()]
+    for kept in base.stacks.values():
+        tensors += [kept.output, *kept.doors.values()]
+        tensors += [one for pair in (*kept.cross.values(), *kept.own.values()) for one in pair]
+    storages = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}
+    return sum(storages.values())
