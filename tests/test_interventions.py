@@ -3,12 +3,10 @@
 import functools
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from whole_zoo import FUSED, ZOO
-from zoo_llava import LLAVA
+from whole_zoo import ZOO
 
 from hooked_vlm import patching as P
 from hooked_vlm.models.names import Site
@@ -145,8 +143,5 @@ def test_any_site_with_any_intervention(data):
         for cell in ([sites] if together else [[s] for s in result.sites])
     ]
     inputs = [clean, corrupt] if what != "patch" else [clean if on == "clean" else corrupt]
-    expected = [
-        naive(model, one, corrupt if one is clean else clean, each, what) for one in inputs
-    ]
+    expected = [naive(model, one, corrupt if one is clean else clean, each, what) for one in inputs]
     assert close(result.data.values.reshape(len(inputs), -1), np.stack(expected))
-

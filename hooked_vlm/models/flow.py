@@ -250,8 +250,12 @@ class Flow:
             )
         rows = None
         if groups != batch:
-            rows = torch.zeros(batch, dtype=torch.long, device=states.device)
+            rows = self._shared(batch, states)
         return tuple(Source(states[turn::size], mask, rows) for turn in range(size))
+
+    def _shared(self, batch: int, states: Tensor) -> Tensor:
+        """The rows that each row of a batch reads where one serves them all."""
+        return torch.zeros(batch, dtype=torch.long, device=states.device)
 
     def _group(self, name: str) -> int:
         """How many rows of its source a row of a stack reads."""
@@ -293,7 +297,7 @@ class Recording(Flow):
         found = super().read(name, batch, group)
         self.kept[name].group = group
         if len(found) != batch:
-            self.kept[name].rows = torch.zeros(batch, dtype=torch.long, device=found.device)
+            self.kept[name].rows = self._shared(batch, found)
         return found
 
     def _sources(
@@ -375,7 +379,7 @@ class Resuming(Flow):
             mask = mask[rows]
         begin = self.position if name == self.start else 0
         if door is None and not first:
-            everywhere = torch.arange(inputs.shape[1], device=inputs.device)
+            everywhere = torch.arange(inputs.shape[1], device=rows.device)
             with telling(self.stacks[name], everywhere) if begin else nullcontext():
                 x = self._embed(name, inputs[rows], None if merge is None else merge.of(rows))
             x = x[:, begin:]

@@ -36,6 +36,9 @@ class _Sketched(Flow):
             kwargs[key] = on_meta(kwargs.get(key))
         return super().stack(name, on_meta(inputs), **kwargs)
 
+    def _shared(self, batch: int, states: Tensor) -> Tensor:
+        return torch.zeros(batch, dtype=torch.long)
+
 
 class _Recording(_Sketched, Recording):
     pass

@@ -20,6 +20,7 @@ from hooked_vlm.patching.metrics import (
     logit_diff,
     prob,
 )
+from hooked_vlm.patching.paths import path_patching
 from hooked_vlm.patching.places import Each, Region
 from hooked_vlm.patching.plan import Plan
 from hooked_vlm.patching.result import PatchingResult
@@ -45,6 +46,7 @@ __all__ = [
     "logit_diff",
     "noise",
     "patch",
+    "path_patching",
     "plan",
     "prob",
     "random_sites",

@@ -106,10 +106,8 @@ class Sweep:
         Raises:
             ValueError: rows that are no pair.
         """
-        run, model, modules = self.runs[pair], self.model, self.modules
-        inside = all(name.partition(".")[0] in model.stacks for name in modules)
-        # Patterns are not made for the sake of an intervention that reads none.
-        names = [n for n in modules if self.intervention.reads or not _pattern(n)]
+        run, model, names = self.runs[pair], self.model, self.record()
+        inside = all(name.partition(".")[0] in model.stacks for name in self.modules)
         for metric, weight in run.metric.parts():
             inputs = run.inputs()
             if len(metric.continuation) > 1:
@@ -127,6 +125,11 @@ class Sweep:
                 metric = replace(metric, reference=clean)
             locator = Locator(model, base, inputs, self.start, run.roles)
             yield Begun(base, locator, metric, weight, pair)
+
+    def record(self) -> list[str]:
+        """The points whose activations are kept of unpatched runs."""
+        # Patterns are not made for the sake of an intervention that reads none.
+        return [n for n in self.modules if self.intervention.reads or not _pattern(n)]
 
     def cells(self, begun: Begun) -> list[Cell]:
         """The runs to be made of a pair, in the order in which most is reused."""
@@ -231,50 +234,61 @@ class Sweep:
                 left = left[n:]
 
     def _numbers(self, begun: Begun, batch: list[Cell]) -> list[float]:
-        """The metric of the batch's runs; of halves of the batch where it is too large.
+        """The metric of the batch's runs, in smaller batches where it is too large.
 
         Raises:
             MemoryError: there is no room for one.
         """
-        try:
-            return as_numbers(begun.metric(self.logits(begun, batch)))
-        except (MemoryError, RuntimeError) as error:
-            if not _no_room(error):
-                raise
-            if len(batch) == 1:
-                sites = ", ".join(site.name for site, _ in batch[0].writes[:3])
-                raise MemoryError(f"there is no room to run {sites} once: {error}") from error
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.cap = (len(batch) + 1) // 2
-        halves = batch[: self.cap], batch[self.cap :]
-        return [value for half in halves for value in self._numbers(begun, half)]
+        found: list[float] = []
+        while len(found) < len(batch):
+            some = batch[len(found) : len(found) + self.cap]
+            try:
+                found += as_numbers(begun.metric(self.logits(begun, some)))
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not _no_room(error):
+                    raise
+                if len(some) == 1:
+                    sites = ", ".join(site.name for site, _ in some[0].writes[:3])
+                    raise MemoryError(f"there is no room to run {sites} once: {error}") from error
+            self.cap = (len(some) + 1) // 2
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return found
 
     def logits(self, begun: Begun, batch: Sequence[Cell]) -> Tensor:
         """Logits of the batch's runs, row by row."""
+        hooks, sites = self.written(begun, batch)
+        return self.model.resume(
+            begun.base, list(sites), rows=[self.start] * len(batch), fwd_hooks=hooks
+        )
+
+    def written(
+        self, begun: Begun, batch: Sequence[Cell]
+    ) -> tuple[list[tuple[str, Callable[..., Tensor]]], set[Site]]:
+        """The hooks that write what a batch's cells say, and the sites where they do."""
         by_module: dict[str, list[tuple[int, Write]]] = {}
         for row, cell in enumerate(batch):
             for write in cell.writes:
                 by_module.setdefault(module_of(write[0].name), []).append((row, write))
         hooks = [(name, self._writer(begun, name, writes)) for name, writes in by_module.items()]
-        earliest = {
+        return hooks, {
             Site.parse(module_of(site.name), None if positions is None else min(positions))
             for cell in batch
             for site, positions in cell.writes
         }
-        return self.model.resume(
-            begun.base, list(earliest), rows=[self.start] * len(batch), fwd_hooks=hooks
-        )
+
+    def rows_of(self, begun: Begun, name: str) -> list[Tensor]:
+        """For each row of a run's logits the rows of a point's activation that belong to it."""
+        stack = self.model.stack_of(name)
+        numbers = torch.arange(len(begun.base.logits), device=self.model.device)
+        return [begun.base.rows(stack, one[None]) for one in numbers]
 
     def _writer(
         self, begun: Begun, name: str, writes: list[tuple[int, Write]]
     ) -> Callable[..., Tensor]:
         """A hook that writes into each row of a batch what its cell says."""
-        base, stack, begin_row = begun.base, self.model.stack_of(name), self.start
-        rows = [
-            base.rows(stack, torch.tensor([row], device=base.logits.device))
-            for row in range(len(base.logits))
-        ]
+        base, begin_row, rows = begun.base, self.start, self.rows_of(begun, name)
         size = len(rows[begin_row])
 
         def runs(other: bool) -> Tensor:

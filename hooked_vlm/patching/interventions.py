@@ -71,15 +71,30 @@ class At:
 
     def index(self, begin: int) -> tuple[Any, ...]:
         """Where the site is in an activation whose first position is `begin`."""
-        index: list[Any] = [slice(None)] * len(self.shape)
-        if self.site.head is not None and self.point.head_axis is not None:
-            index[self.point.head_axis] = self.site.head
-        if self.positions is not None and self.point.pos_dim is not None:
-            first, n = self.positions[0] - begin, len(self.positions)
-            run = self.positions == tuple(range(self.positions[0], self.positions[0] + n))
-            numbers = [at - begin for at in self.positions]
-            index[self.point.pos_dim] = slice(first, first + n) if run else numbers
-        return tuple(index)
+        return index_of(self.site, self.point, self.positions, len(self.shape), begin)
+
+
+def index_of(
+    site: Site, point: HookPoint, positions: tuple[int, ...] | None, n_axes: int, begin: int
+) -> tuple[Any, ...]:
+    """Where a site is in a module's activation.
+
+    Args:
+        site: the site.
+        point: the module's hook point.
+        positions: which of its positions, None for all.
+        n_axes: of the activation.
+        begin: the first position that the activation holds.
+    """
+    index: list[Any] = [slice(None)] * n_axes
+    if site.head is not None and point.head_axis is not None:
+        index[point.head_axis] = site.head
+    if positions is not None and point.pos_dim is not None:
+        numbers = [at - begin for at in positions]
+        first, n = numbers[0], len(numbers)
+        run = numbers == list(range(first, first + n))
+        index[point.pos_dim] = slice(first, first + n) if run else numbers
+    return tuple(index)
 
 
 @dataclass(frozen=True)

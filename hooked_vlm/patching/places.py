@@ -29,10 +29,10 @@ class Region:
     Of LLaVA-NeXT those of all views; of several images in one text, those of `image`.
     """
 
-    left: float
-    top: float
-    right: float
-    bottom: float
+    left: int | float
+    top: int | float
+    right: int | float
+    bottom: int | float
     image: int = 0
 
 

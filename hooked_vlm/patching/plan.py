@@ -91,16 +91,17 @@ class Sketched:
     def _fitting(self, cell: Cell) -> int:
         if self._begun is None:
             self._begun = next(self.sweep.begin(0))
-        one, two = (self._passed(self._begun, [cell] * n).peak for n in (1, 2))
-        kept, each = held(self._begun.base), max(1, two - one)
-        rows = int((self.limit - kept - one) // each + 1)
-        if rows < 1:
+        one, all_of_them = (self._passed(self._begun, [cell] * n).peak for n in (1, MOST))
+        kept = held(self._begun.base)
+        if kept + one > self.limit:
             raise MemoryError(
                 f"{(kept + one) / 2**20:.1f} MiB are needed to run {cell.writes[0][0].name!r} once "
                 f"({kept / 2**20:.1f} for the kept run), and {self.limit / 2**20:.1f} may be used: "
                 "give more memory="
             )
-        return min(MOST, rows)
+        # The peak is the largest of several straight lines, so a chord lies above it.
+        each = max(1.0, (all_of_them - one) / (MOST - 1))
+        return min(MOST, 1 + int((self.limit - kept - one) / each))
 
     def _passed(self, begun: Begun, batch: Sequence[Cell]) -> Work:
         with measured() as work:

@@ -210,10 +210,10 @@ class PatchingResult:
             "pairs": self.data["pair"].values.tolist(),
             "positions": _listed(self.data, "position"),
             "sites": [_written(site) for site in self.sites],
-            "provenance": self.provenance,
+            "provenance": {**self.provenance, "places": _written(self.places)},
         }
         buffer = io.BytesIO()
-        arrays["told"] = np.array(json.dumps(told, default=_written))
+        arrays["told"] = np.array(json.dumps(told))
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # of names it cannot know
         beside = Path(file).with_name(f"{Path(file).name}.part")
         beside.write_bytes(buffer.getvalue())
@@ -242,8 +242,9 @@ class PatchingResult:
             for name in ("clean", "corrupt")
             if name in arrays
         }
-        told["provenance"]["places"] = _read(told["provenance"].get("places"))
-        return cls(data, ends["clean"], ends.get("corrupt"), sites, told["provenance"])
+        places = _read(told["provenance"].pop("places"))
+        provenance = told["provenance"] | ({} if places is None else {"places": places})
+        return cls(data, ends["clean"], ends.get("corrupt"), sites, provenance)
 
 
 def _placed(site: Swept, place: Any) -> Swept:
