@@ -1,6 +1,7 @@
 """Patching: which part of a model carries an answer, by writing into its activations."""
 
 from hooked_vlm.patching.cells import Together, random_sites, together, windows
+from hooked_vlm.patching.edges import Edge, EdgeResult, edge_attribution
 from hooked_vlm.patching.interventions import (
     At,
     Intervention,
@@ -30,6 +31,8 @@ __all__ = [
     "METRICS",
     "At",
     "Each",
+    "Edge",
+    "EdgeResult",
     "Intervention",
     "Metric",
     "PatchingResult",
@@ -39,6 +42,7 @@ __all__ = [
     "ablate",
     "accuracy",
     "activation_patching",
+    "edge_attribution",
     "itm_margin",
     "kl",
     "knockout",
