@@ -1,6 +1,7 @@
 """Patching: which part of a model carries an answer, by writing into its activations."""
 
 from hooked_vlm.patching.cells import Together, random_sites, together, windows
+from hooked_vlm.patching.circuit import Circuit, find_circuit
 from hooked_vlm.patching.edges import Edge, EdgeResult, edge_attribution
 from hooked_vlm.patching.interventions import (
     At,
@@ -30,6 +31,7 @@ from hooked_vlm.patching.sweep import ablate, activation_patching, plan
 __all__ = [
     "METRICS",
     "At",
+    "Circuit",
     "Each",
     "Edge",
     "EdgeResult",
@@ -43,6 +45,7 @@ __all__ = [
     "accuracy",
     "activation_patching",
     "edge_attribution",
+    "find_circuit",
     "itm_margin",
     "kl",
     "knockout",

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ NodeNames = str | Site | Sequence[str | Site] | None
 Directions = Float[Tensor, "receiver rows pos d_model"]
 
 
-class Edge(NamedTuple):
+@dataclass(frozen=True)
+class Edge:
     """From one part to a later one.
 
     Attributes:
@@ -134,8 +135,8 @@ def edge_attribution(
     stack but for the receiver's norm; this norm, those on the path in a post-norm stack, and what
     stands between stacks, are linearised at the run that is written to.
 
-    Source: attribution patching of edges (Syed et al., arXiv 2310.10348, eq. 2; Hanna et al.,
-    arXiv 2403.17806, sec. 2), with norms linearised, not frozen.
+    Source: attribution patching of edges (Syed et al., arXiv 2310.10348; Hanna et al., arXiv
+    2403.17806), with norms linearised, not frozen.
 
     Args:
         model: a model whose stacks are transformers.
