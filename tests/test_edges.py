@@ -200,6 +200,29 @@ def test_edges_add_up_exactly_where_the_path_is_the_stream(member):
     assert max(map(abs, expected)) > 1e-6
 
 
+@pytest.mark.parametrize("member", [MEMBERS[2], MEMBERS[-3]], ids=str)
+def test_scores_are_path_patching_where_runs_hardly_differ(member):
+    model, (clean, _), _, _ = runs(member, "denoise")
+    noise = torch.randn(clean["pixel_values"].shape, generator=torch.Generator().manual_seed(3))
+    corrupt = clean | {"pixel_values": clean["pixel_values"] + 1e-5 * noise.to(torch.float64)}
+    last = list(model.stacks)[-1]
+    receivers = [f"{last}.blocks.1.attn.heads.1.hook_k", f"{last}.blocks.1.hook_mlp_in"]
+    if model.task == "vqa":
+        receivers.append(f"{last}.blocks.0.cross_attn.heads.1.hook_v")
+    scores = edge_attribution(model, (clean, corrupt), mean_logit, **QUIET).data[0]
+    found, expected = [], []
+    for receiver in receivers:
+        there = scores.sel(receiver=receiver).dropna("sender")["sender"].values.tolist()
+        senders = [name for name in there if not name.endswith("resid_pre")]
+        patched = [name.replace("hook_result", "hook_z") for name in senders]
+        exact = P.path_patching(model, (clean, corrupt), patched, receiver, mean_logit, **QUIET)
+        assert [site.name for site in exact.sites] == patched
+        expected += exact.difference.values.flatten().tolist()
+        found += scores.sel(receiver=receiver, sender=senders).values.tolist()
+    assert difference(found, expected) < 1e-3
+    assert len(expected) > 8
+
+
 @functools.cache
 def toy(task):
     return HookedBLIP.from_pretrained(f"toy-blip-{task}")
