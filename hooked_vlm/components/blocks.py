@@ -30,6 +30,35 @@ Stream = Float[Tensor, "batch pos d_model"]
 
 
 @dataclass(frozen=True)
+class Sum:
+    """A part of a block, and how the stream runs past it.
+
+    A block's `SUMS` list its parts in the order in which they run: what happens to the stream on
+    its way from one place to another, which is the path that edges between parts go.
+
+    Attributes:
+        part: the part, by the name of its module.
+        reads: the point at which it reads the stream.
+        before: the norm between that point and the part; None for none.
+        total: the point of the sum of the stream and what the part adds.
+        behind: the norm that the sum passes; None for none.
+        stream: the point of the stream behind it.
+    """
+
+    part: Part
+    reads: str
+    before: str | None
+    total: str
+    behind: str | None
+    stream: str
+
+    @property
+    def out(self) -> str:
+        """The point of what the part adds."""
+        return f"hook_{self.part}_out"
+
+
+@dataclass(frozen=True)
 class Context:
     """What the blocks of a stack read besides the stream.
 
@@ -78,6 +107,10 @@ class PreNormBlock(nn.Module):
         "hook_mlp_out": "mlp",
         "hook_resid_post": "mlp",
     }
+    SUMS: ClassVar[tuple[Sum, ...]] = (
+        Sum("attn", "hook_resid_pre", "ln1", "hook_resid_mid", None, "hook_resid_mid"),
+        Sum("mlp", "hook_mlp_in", "ln2", "hook_resid_post", None, "hook_resid_post"),
+    )
 
     def __init__(self, cfg: StackConfig, layer: int):
         super().__init__()
@@ -156,6 +189,18 @@ class PostNormBlock(nn.Module):
         "ln2": "mlp",
         "hook_normalized_resid_post": "mlp",
     }
+    SUMS: ClassVar[tuple[Sum, ...]] = (
+        Sum("attn", "hook_resid_pre", None, "hook_resid_mid", "ln1", "hook_normalized_resid_mid"),
+        Sum(
+            "cross_attn",
+            "hook_normalized_resid_mid",
+            None,
+            "hook_resid_mid_cross",
+            "ln_cross",
+            "hook_normalized_resid_mid_cross",
+        ),
+        Sum("mlp", "hook_mlp_in", None, "hook_resid_post", "ln2", "hook_normalized_resid_post"),
+    )
 
     def __init__(self, cfg: TextConfig, layer: int):
         super().__init__()

@@ -311,6 +311,48 @@ class Recording(Flow):
         return read
 
 
+@dataclass(frozen=True)
+class Link:
+    """How a stack reads others, and what is made of it.
+
+    Attributes:
+        source: the stack that its cross-attention reads; None for none.
+        turns: how many consecutive rows of the source its blocks read in turn.
+        merge: what of another stack stands in place of some of its tokens.
+        glue: from the stream behind its last block to its output.
+    """
+
+    source: str | None
+    turns: int
+    merge: Merge | None
+    glue: Callable[[Tensor], Tensor]
+
+
+class Tracing(Recording):
+    """A forward pass with gradients that keeps how stacks read one another.
+
+    Attributes:
+        links: by the name of each stack that runs.
+    """
+
+    def __init__(self, stacks: dict[str, Stack[Any]], logits_to_keep: int = 0):
+        super().__init__(stacks, logits_to_keep, doors=False)
+        self.grad = True
+        self.links: dict[str, Link] = {}
+
+    def stack(self, name: str, inputs: Tensor, **kwargs: Any) -> Tensor:
+        """Runs a stack as ever, and keeps its link."""
+        after, at = kwargs.get("after", lambda x: x), kwargs.get("at")
+
+        def glue(x: Tensor) -> Tensor:
+            x = self.stacks[name].finish(x)
+            made: Tensor = after(x if at is None else _at(x, at))
+            return made
+
+        self.links[name] = Link(kwargs.get("source"), self._group(name), kwargs.get("merge"), glue)
+        return super().stack(name, inputs, **kwargs)
+
+
 class Resuming(Flow):
     """A forward pass that continues a base from a door on, for rows chosen from it.
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hooked_vlm.components.blocks import Door
-from hooked_vlm.components.hook_point import telling
+from hooked_vlm.components.hook_point import HookPoint, telling
 from hooked_vlm.components.stack import Stack
 from hooked_vlm.models.cache import ActivationCache
-from hooked_vlm.models.flow import Base, Flow, Recording, Resuming
+from hooked_vlm.models.flow import Base, Flow, Link, Recording, Resuming, Tracing
 from hooked_vlm.models.hooked import HookedModel, Hooks
 from hooked_vlm.models.names import Names, Site, head_of
 
@@ -97,6 +97,32 @@ class ResumableModel(HookedModel):
         self.is_caching = False
         cache = ActivationCache(entries, self)
         return Base(inputs, logits, logits_to_keep, recording.kept, cache, fingerprint)
+
+    def traced_run(
+        self, names: Names, *, logits_to_keep: int = 0, **inputs: Any
+    ) -> tuple[Base, dict[str, Link]]:
+        """Runs the model once with gradients.
+
+        Args:
+            names: the points to keep; those that the pass does not reach are left out.
+            logits_to_keep: as in `base_run`.
+            **inputs: as in `forward`.
+
+        Returns:
+            A base that keeps no doors, whose logits have a gradient, and whose cache holds tensors
+            to differentiate by: each is what is computed from at its point, and there alone. And
+            how the stacks that ran read one another, by name.
+        """
+        entries: dict[str, Tensor] = {}
+
+        def keep(tensor: Tensor, hook: HookPoint) -> None:  # that of a writer: no other reads it
+            entries[str(hook.name)] = tensor
+
+        tracing = Tracing(self.stacks, logits_to_keep)
+        with torch.enable_grad(), self.hooks([(names, keep)]):
+            logits = self._flow(tracing, **inputs)
+        cache, fingerprint = ActivationCache(entries, self), self._fingerprint(inputs)
+        return Base(inputs, logits, logits_to_keep, tracing.kept, cache, fingerprint), tracing.links
 
     def resume(
         self,

@@ -1,6 +1,8 @@
 """Patching: which part of a model carries an answer, by writing into its activations."""
 
 from hooked_vlm.patching.cells import Together, random_sites, together, windows
+from hooked_vlm.patching.circuit import Circuit, find_circuit
+from hooked_vlm.patching.edges import Edge, EdgeResult, edge_attribution
 from hooked_vlm.patching.interventions import (
     At,
     Intervention,
@@ -29,7 +31,10 @@ from hooked_vlm.patching.sweep import ablate, activation_patching, plan
 __all__ = [
     "METRICS",
     "At",
+    "Circuit",
     "Each",
+    "Edge",
+    "EdgeResult",
     "Intervention",
     "Metric",
     "PatchingResult",
@@ -39,6 +44,8 @@ __all__ = [
     "ablate",
     "accuracy",
     "activation_patching",
+    "edge_attribution",
+    "find_circuit",
     "itm_margin",
     "kl",
     "knockout",

@@ -7,6 +7,7 @@ import textwrap
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
@@ -65,6 +66,33 @@ def _step(inches: float) -> int:
 
 def _short(value: object) -> str:
     return str(value).replace(".blocks.", ".").replace("hook_", "")
+
+
+def growth(
+    values: xr.DataArray, *, wanted: float, chosen: tuple[int, float], title: str = ""
+) -> Figure:
+    """A share that grows with a number, the share that is wanted, and a point that was chosen.
+
+    Args:
+        values: one dimension, the number.
+        wanted: a line across.
+        chosen: number and share of the point.
+        title: what it is.
+    """
+    (number,) = values.dims
+    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    at, few = values[number].values, values.size <= 30
+    axes.plot(at, values.values, marker="o" if few else None, markersize=4, label="strongest first")
+    axes.axhline(wanted, color="grey", linestyle="--", linewidth=1, label=f"wanted: {wanted:g}")
+    label = f"chosen: {chosen[0]:g}, {chosen[1]:.2f}"
+    axes.plot(*chosen, marker="*", markersize=13, linestyle="none", color="C3", label=label)
+    axes.set_xlabel(str(number))
+    axes.set_ylabel(str(values.name))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("\n".join(textwrap.wrap(title, 60)), fontsize=11)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    return figure
 
 
 def attention_map(
