@@ -524,3 +524,75 @@ def test_controls_are_other_sites_of_the_same_kind():
     assert len(many) == 3  # all others: two layers of two heads, one of which is given
     with pytest.raises(ValueError, match="there are only 0 others"):
         P.random_sites(model, model.sites("text.blocks.*.hook_mlp_out"))
+
+
+# --- means and other inputs
+
+
+def unpadded(model, inputs, name):
+    """What each row of inputs has at a point, without padding, by a pass of its own."""
+    for row in range(len(inputs["input_ids"])):
+        n = int(inputs["attention_mask"][row].sum())
+        alone = {"pixel_values": inputs["pixel_values"][row : row + 1]}
+        alone |= {key: inputs[key][row : row + 1, :n] for key in ("input_ids", "attention_mask")}
+        yield model.run_with_cache(**alone, names_filter=name)[1][name][0]
+
+
+@pytest.mark.parametrize("name", ["text.blocks.0.hook_mlp_out", "text.blocks.1.cross_attn.hook_k"])
+def test_means_are_of_tokens_that_are_no_padding(name):
+    model = built(ITM)
+    data = ITM.inputs(3, padded=True, seed=4)
+    one = ITM.inputs(1, padded=False)
+    rows = list(unpadded(model, data, name))
+    n = 4 if "mlp" in name else rows[0].shape[0]
+    over = torch.cat(rows).mean(0)
+    at_each = torch.stack(
+        [torch.stack([row[at] for row in rows if at < len(row)]).mean(0) for at in range(n)]
+    )
+    for per_position, value in ((False, over.expand(n, *over.shape)), (True, at_each)):
+        result = P.ablate(
+            model, one, name, P.mean(data, per_position=per_position), margin, **QUIET
+        )
+        hook = (name, lambda x, hook, value=value: value.expand_as(x).clone())
+        expected = margin(model.run_with_hooks(**one, fwd_hooks=[hook]))
+        np.testing.assert_allclose(result.data.values[:, 0], expected, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match=r"'text.blocks.0.attn.hook_pattern' has no mean"):
+        P.ablate(model, one, "text.blocks.0.attn.hook_pattern", P.mean(data), margin, **QUIET)
+    short = ITM.inputs(1, padded=False, seed=5)
+    short = short | {key: short[key][:, :3] for key in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match="is of 3 positions, the run has 4"):
+        P.ablate(model, one, "text.hook_embed", P.mean(short, per_position=True), margin, **QUIET)
+
+
+def test_resampling_draws_an_input_for_each_pair():
+    model, name = built(ITM), "vision.blocks.0.hook_resid_post"
+    data = ITM.inputs(4, padded=False, seed=4)
+    several = ITM.inputs(6, padded=False)
+    result = P.ablate(model, several, name, P.resample(data, seed=2), margin, **QUIET)
+    _, theirs = model.run_with_cache(**data, names_filter=name)
+    drawn = np.random.default_rng(2).integers(4, size=6)
+    hook = (name, lambda x, hook: theirs[name][drawn])
+    expected = margin(model.run_with_hooks(**several, fwd_hooks=[hook]))
+    np.testing.assert_allclose(result.data.values[:, 0], expected, rtol=0, atol=1e-10)
+    long = ITM.inputs(1, padded=True)
+    with pytest.raises(ValueError, match=r"has \[1, 5, .* the run \[1, 4, .* of one length"):
+        P.ablate(
+            model, ITM.inputs(1, padded=False), "text.hook_embed", P.resample(long), margin, **QUIET
+        )
+
+
+def test_knockout_in_the_image_encoder():
+    """Of some patches, in one of two heads, by writing the scores by hand."""
+    model = built(ITM)
+    inputs = ITM.inputs(1, padded=False)
+    name = "vision.blocks.1.attn.heads.2.hook_attn_scores"
+
+    def hide(scores, hook):  # [batch, query, key]
+        scores[:, 1:, 3] = torch.finfo(scores.dtype).min
+        return scores
+
+    expected = margin(model.run_with_hooks(**inputs, fwd_hooks=[(name, hide)]))
+    knocked = P.knockout("image", 3)
+    result = P.ablate(model, inputs, name, knocked, margin, **QUIET)
+    np.testing.assert_allclose(result.data.values[0], expected, rtol=0, atol=1e-10)
+    assert abs(result.difference).min() > 1e-8

@@ -25,6 +25,7 @@ from hooked_vlm.patching.metrics import (
 from hooked_vlm.patching.paths import path_patching
 from hooked_vlm.patching.places import Each, Region
 from hooked_vlm.patching.plan import Plan
+from hooked_vlm.patching.reference import mean, resample
 from hooked_vlm.patching.result import PatchingResult
 from hooked_vlm.patching.sweep import ablate, activation_patching, plan
 
@@ -51,12 +52,14 @@ __all__ = [
     "knockout",
     "log_prob",
     "logit_diff",
+    "mean",
     "noise",
     "patch",
     "path_patching",
     "plan",
     "prob",
     "random_sites",
+    "resample",
     "steer",
     "together",
     "windows",

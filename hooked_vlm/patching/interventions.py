@@ -105,8 +105,8 @@ class Intervention:
         name: what results call it.
         of: from what stands at the site and where that is to what shall stand there.
         reads: whether it reads the activations of the unpatched runs.
-        ready: from the model and the modules' names that are swept to the intervention itself,
-            for one that needs to know them.
+        ready: from the model, the names of the modules that are swept, and the number of pairs to
+            the intervention itself, for one that needs to know them.
         at: where it writes if nothing else is said.
         sites: what it writes if nothing else is said, from the model.
     """
@@ -114,7 +114,7 @@ class Intervention:
     name: str
     of: Callable[[Tensor, At], Tensor]
     reads: bool = False
-    ready: Callable[[HookedVLM, list[str]], Intervention] | None = None
+    ready: Callable[[HookedVLM, list[str], int], Intervention] | None = None
     at: Place = None
     sites: Callable[[HookedVLM], Any] | None = None
 

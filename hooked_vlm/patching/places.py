@@ -183,6 +183,11 @@ class Locator:
         rows: list[int] = self.base.rows(stack, torch.tensor([self.row])).tolist()
         return rows
 
+    def real(self, name: str) -> Sequence[int]:
+        """The positions of an activation that are no padding."""
+        stack, n = self.stack(name), self.count(name)
+        return self._real(stack) if n == len(self._door(stack)) else range(n)
+
     def _real(self, stack: str) -> Sequence[int]:
         """The positions of a stack that are no padding."""
         key = "attention_mask" if stack == self._text else "decoder_attention_mask"

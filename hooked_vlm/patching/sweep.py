@@ -229,7 +229,7 @@ def ablating(
         raise ValueError("on='corrupt' needs pairs; these inputs have no corrupt run")
     if written.ready is not None:
         modules = list({module_of(s.name): None for one in swept for s in parts(one)})
-        written = written.ready(model, modules)
+        written = written.ready(model, modules, len(runs))
     start = 0 if on == "clean" else 1
     sweep = Sweep(model, runs, swept, places, written, start, _at_most(max_rows), memory)
     return sweep, {
