@@ -594,5 +594,5 @@ def test_knockout_in_the_image_encoder():
     expected = margin(model.run_with_hooks(**inputs, fwd_hooks=[(name, hide)]))
     knocked = P.knockout("image", 3)
     result = P.ablate(model, inputs, name, knocked, margin, **QUIET)
-    np.testing.assert_allclose(result.data.values[0], expected, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(result.data.values.flatten(), expected, rtol=0, atol=1e-10)
     assert abs(result.difference).min() > 1e-8

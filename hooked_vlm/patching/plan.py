@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hooked_vlm.components.memory import free
-from hooked_vlm.models.sketch import Work, measured, sketch
+from hooked_vlm.models.sketch import Work, measured, peak, sketch
 
 if TYPE_CHECKING:
     from hooked_vlm.models.flow import Base
     from hooked_vlm.patching.engine import Begun, Cell, Sweep
+    from hooked_vlm.patching.runs import Inputs
 
 MOST = 64  # rows of a batch; more of them gain nothing
 
@@ -61,6 +62,10 @@ class Sketched:
 
     Args:
         sweep: the sweep. Its intervention is left out: it would compute with numbers.
+
+    Attributes:
+        pair: the number of the pair that is run.
+        inputs: its inputs.
     """
 
     def __init__(self, sweep: Sweep):
@@ -73,7 +78,8 @@ class Sketched:
             excluded=Counter(),
         )
         self._room: dict[Any, int] = {}
-        self._begun: Begun | None = None
+        self.pair = 0
+        self.inputs: Inputs = {}
 
     def most(self, cell: Cell) -> int:
         """How many runs like one there is room for at a time.
@@ -83,16 +89,17 @@ class Sketched:
         """
         if self.given is not None:
             return self.given
-        kind = tuple(dict.fromkeys(site.component for site, _ in cell.writes))
+        kind = self._shapes, tuple(dict.fromkeys(site.component for site, _ in cell.writes))
         if kind not in self._room:  # the first of a kind begins the earliest and takes the most
             self._room[kind] = self._fitting(cell)
         return self._room[kind]
 
+    @property
+    def _shapes(self) -> tuple[Any, ...]:
+        return tuple((key, tuple(value.shape)) for key, value in self.inputs.items())
+
     def _fitting(self, cell: Cell) -> int:
-        if self._begun is None:
-            self._begun = next(self.sweep.begin(0))
-        one, all_of_them = (self._passed(self._begun, [cell] * n).peak for n in (1, MOST))
-        kept = held(self._begun.base)
+        kept, one, all_of_them = self._needs(cell)
         if kept + one > self.limit:
             raise MemoryError(
                 f"{(kept + one) / 2**20:.1f} MiB are needed to run {cell.writes[0][0].name!r} once "
@@ -102,6 +109,21 @@ class Sketched:
         # The peak is the largest of several straight lines, so a chord lies above it.
         each = max(1.0, (all_of_them - one) / (MOST - 1))
         return min(MOST, 1 + int((self.limit - kept - one) / each))
+
+    def _needs(self, cell: Cell) -> tuple[int, int, int]:
+        """Bytes of the kept run, and of a batch of one and of `MOST` such cells; found once."""
+        sweep = self.sweep
+        key = self._shapes, cell.writes, tuple(sweep.record())
+        known: dict[Any, tuple[int, int, int]] = vars(sweep.model).setdefault("_needs", {})
+        if key not in known:
+            begun, work = next(sweep.begin(self.pair)), Work()
+            peaks = []
+            for n in (1, MOST):
+                with peak(work):
+                    sweep.logits(begun, [cell] * n)
+                peaks.append(work.peak)
+            known[key] = held(begun.base), peaks[0], peaks[1]
+        return known[key]
 
     def _passed(self, begun: Begun, batch: Sequence[Cell]) -> Work:
         with measured() as work:
@@ -119,6 +141,7 @@ class Sketched:
             if begun is None:
                 break
             macs += work.macs
+            self.inputs = begun.locator.inputs
             cells = sweep.cells(begun)
             forward = self._forward(begun)
             for batch in sweep.batches(cells, self.most):
