@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,14 +45,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--loop", type=int, default=12, help="cells of the loop that are run")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=CASES, action="append")
+    parser.add_argument("--only", choices=[*CASES, "memory"], action="append")
     options = parser.parse_args()
     if KEEP.items() - os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    for name in options.only or CASES:
-        case(name, options.runs, options.loop)
+    for name in options.only or [*CASES, "memory"]:
+        if name == "memory":
+            within(800)
+        else:
+            case(name, options.runs, options.loop)
 
 
 def case(name: str, runs: int, loop: int) -> None:
@@ -93,6 +97,35 @@ def case(name: str, runs: int, loop: int) -> None:
         f"{plan.macs / 1e9:.0f} planned; largest difference {error:.1e}",
         flush=True,
     )
+
+
+def within(limit: int) -> None:
+    """All heads of the image encoder at each position, in so many MiB."""
+    _, ours = blip_base()
+    clean, corrupt = given(9, 0, 0), given(9, 1, 0)
+    sites = ours.sites("vision.blocks.8.attn.heads.*.hook_z", positions=range(0, 577, 96))
+
+    def sweep(memory: int) -> None:
+        room = {"memory": memory * 2**20, "progress": False}
+        P.activation_patching(ours, (clean, corrupt), sites, P.itm_margin(), **room)
+
+    sweep(limit // 2)  # what a process needs once
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    sweep(limit)
+    plan = P.plan(ours, (clean, corrupt), sites, P.itm_margin(), memory=limit * 2**20)
+    took = resident("VmHWM") - before
+    print(
+        f"memory: a sweep of {plan.runs} cells, {plan.max_rows} at a time, took {took:.0f} MiB "
+        f"more than before (planned {plan.memory / 2**20:.0f}, limit {limit})",
+        flush=True,
+    )
+
+
+def resident(what: str) -> float:
+    """MiB of memory of this process, now or at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
 
 def given(tokens: int, image: int, text: int) -> Inputs:
