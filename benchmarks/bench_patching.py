@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, int, str, str | None, str, float | None]] = {
     "each-9": ("blip", 9, "text", "each", "plain", 75),
     "albef-20": ("albef", 20, "image", None, "plain", 21),
 }
+MORE = ("attribution", "memory")
 
 
 def main() -> None:
@@ -45,15 +46,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--loop", type=int, default=12, help="cells of the loop that are run")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=[*CASES, "memory"], action="append")
+    parser.add_argument("--only", choices=[*CASES, *MORE], action="append")
     options = parser.parse_args()
     if KEEP.items() - os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    for name in options.only or [*CASES, "memory"]:
+    for name in options.only or [*CASES, *MORE]:
         if name == "memory":
             within(800)
+        elif name == "attribution":
+            attributed(options.runs)
         else:
             case(name, options.runs, options.loop)
 
@@ -97,6 +100,24 @@ def case(name: str, runs: int, loop: int) -> None:
         f"{plan.macs / 1e9:.0f} planned; largest difference {error:.1e}",
         flush=True,
     )
+
+
+def attributed(runs: int) -> None:
+    """All heads by their gradients."""
+    _, ours = blip_base()
+    for corrupted in ("text", "image"):
+        clean = given(14, 0, 0)
+        corrupt = given(14, int(corrupted == "image"), int(corrupted == "text"))
+
+        def estimate(pair: tuple[Inputs, Inputs] = (clean, corrupt)) -> object:
+            return P.attribution_patching(ours, pair, HEADS, P.itm_margin(), progress=False)
+
+        seconds = in_turn(runs, forward=lambda: ours(**given(14, 0, 0)), estimate=estimate)
+        print(
+            f"attribution of all heads, {corrupted} corrupt: "
+            f"{seconds['estimate'] / seconds['forward']:.2f} forward passes (at most 5)",
+            flush=True,
+        )
 
 
 def within(limit: int) -> None:

@@ -336,7 +336,7 @@ class Tracing(Recording):
     """
 
     def __init__(self, stacks: dict[str, Stack[Any]], logits_to_keep: int = 0):
-        super().__init__(stacks, logits_to_keep, doors=False)
+        super().__init__(stacks, logits_to_keep)
         self.grad = True
         self.links: dict[str, Link] = {}
 

@@ -109,9 +109,9 @@ class ResumableModel(HookedModel):
             **inputs: as in `forward`.
 
         Returns:
-            A base that keeps no doors, whose logits have a gradient, and whose cache holds tensors
-            to differentiate by: each is what is computed from at its point, and there alone. And
-            how the stacks that ran read one another, by name.
+            A base whose logits have a gradient, and whose cache holds tensors to differentiate by:
+            each is what is computed from at its point, and there alone. And how the stacks that ran
+            read one another, by name.
         """
         entries: dict[str, Tensor] = {}
 

@@ -1,5 +1,6 @@
 """Patching: which part of a model carries an answer, by writing into its activations."""
 
+from hooked_vlm.patching.attribution import attribution_patching
 from hooked_vlm.patching.cells import Together, random_sites, together, windows
 from hooked_vlm.patching.circuit import Circuit, find_circuit
 from hooked_vlm.patching.edges import Edge, EdgeResult, edge_attribution
@@ -45,6 +46,7 @@ __all__ = [
     "ablate",
     "accuracy",
     "activation_patching",
+    "attribution_patching",
     "edge_attribution",
     "find_circuit",
     "itm_margin",

@@ -21,7 +21,7 @@ from hooked_vlm.patching.interventions import At, Intervention
 from hooked_vlm.patching.metrics import Metric, as_numbers
 from hooked_vlm.patching.places import Each, Locator, NoSuchPlace, Place, as_place
 from hooked_vlm.patching.plan import MOST, Sketched
-from hooked_vlm.patching.runs import Run
+from hooked_vlm.patching.runs import Inputs, Run
 
 Write = tuple[Site, tuple[int, ...] | None]  # a site, and which of its positions; None for all
 
@@ -113,7 +113,7 @@ class Sweep:
             if len(metric.continuation) > 1:
                 inputs = model.continued(inputs, metric.continuation[:-1])
             keep = max(1, len(metric.continuation)) if inside and not metric.whole else 0
-            base = model.base_run(**inputs, names_filter=names or False, logits_to_keep=keep)
+            base = self.unpatched(names, keep, inputs)
             if len(base.logits) != run.n_rows:
                 raise ValueError(
                     f"the input gives {len(base.logits)} rows of logits, not {run.n_rows}, one for "
@@ -125,6 +125,11 @@ class Sweep:
                 metric = replace(metric, reference=clean)
             locator = Locator(model, base, inputs, self.start, run.roles)
             yield Begun(base, locator, metric, weight, pair)
+
+    def unpatched(self, names: list[str], keep: int, inputs: Inputs) -> Base:
+        """The run of a pair, to be continued."""
+        names_filter = names or False
+        return self.model.base_run(**inputs, names_filter=names_filter, logits_to_keep=keep)
 
     def record(self) -> list[str]:
         """The points whose activations are kept of unpatched runs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hooked_vlm.components.memory import free
@@ -71,15 +72,20 @@ class Sketched:
     def __init__(self, sweep: Sweep):
         self.limit = free(sweep.model.device) // 2 if sweep.memory is None else sweep.memory
         self.given = sweep.max_rows
-        self.sweep = replace(
-            sweep,
-            model=sketch(sweep.model),
-            intervention=replace(sweep.intervention, of=lambda value, at: value),
-            excluded=Counter(),
-        )
+        self._of = sweep
         self._room: dict[Any, int] = {}
         self.pair = 0
         self.inputs: Inputs = {}
+
+    @cached_property
+    def sweep(self) -> Sweep:
+        """The sweep, of the model's sketch."""
+        return replace(
+            self._of,
+            model=sketch(self._of.model),
+            intervention=replace(self._of.intervention, of=lambda value, at: value),
+            excluded=Counter(),
+        )
 
     def most(self, cell: Cell) -> int:
         """How many runs like one there is room for at a time.
