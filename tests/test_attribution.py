@@ -192,6 +192,9 @@ def test_agreement_with_the_sweep():
     assert told["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
     assert told["largest_error"] == pytest.approx(abs(a - b).max())
     assert told["pearson"] > 0.7
+    with torch.no_grad():  # as notebooks begin
+        again = P.attribution_patching(model, pairs, names, check=exact, **QUIET)
+    assert again.data.identical(found.data)
     with pytest.raises(ValueError, match="over other sites, positions or pairs"):
         P.attribution_patching(model, pairs[:1], names, check=exact, **QUIET)
 

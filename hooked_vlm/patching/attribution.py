@@ -159,18 +159,20 @@ class AttributionSweep(Sweep):
         """Runs a pair, and finds the gradients of each part of its metric."""
         for begun in super().begin(pair):
             if self.steps is None:
-                self._gradients = self._found(begun.metric(begun.base.logits), begun.base)
+                self._gradients = self._found(begun, begun.base)
             else:
                 self._gradients = self._averaged(begun, self.steps)
             logits = begun.base.logits.detach()
             yield replace(begun, base=replace(begun.base, logits=logits))
 
-    def _found(self, values: Tensor, base: Base) -> dict[str, Tensor]:
+    @torch.enable_grad()
+    def _found(self, begun: Begun, base: Base) -> dict[str, Tensor]:
         """The gradients of the metric of the run that is patched into.
 
         Raises:
             ValueError: the metric has none.
         """
+        values = begun.metric(base.logits)
         if not values.requires_grad:
             raise ValueError(
                 f"{self.runs[0].metric.name} has no gradient to attribute by; sweep with it in "
@@ -206,7 +208,7 @@ class AttributionSweep(Sweep):
             reached = [name for name in points if name in ends.cache]
             with model.hooks([(name, between) for name in reached]):
                 one = self.unpatched(self.record(), base.logits_to_keep, inputs)
-            for name, grad in self._found(begun.metric(one.logits), one).items():
+            for name, grad in self._found(begun, one).items():
                 sums[name] = sums.get(name, 0) + grad / steps
         return sums
 

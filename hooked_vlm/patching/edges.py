@@ -291,7 +291,8 @@ def _scored(
         if "reference" in metric.needs and metric.reference is None:
             clean = base.logits[0] if base.logits.dim() < 3 else base.logits[0, -1]
             metric = replace(metric, reference=clean.detach())
-        values = metric(base.logits)
+        with torch.enable_grad():
+            values = metric(base.logits)
         if not values.requires_grad:
             raise ValueError(f"{metric.name} has no gradient; edges need a metric that has one")
         graph = _Graph(model, base, links, own)
