@@ -214,7 +214,7 @@ class Sweep:
                         ends[:, pair] = 0
                     ends[:, pair] += np.array(unpatched) * begun.weight
                     sums = found[pair]
-                    room.pair, room.inputs = pair, begun.locator.inputs
+                    room.begun = begun
                     for batch in self.batches(cells, room.most):
                         numbers = self._numbers(begun, batch)
                         for cell, value in zip(batch, numbers, strict=True):

@@ -14,9 +14,9 @@ from hooked_vlm.models.sketch import Work, measured, peak, sketch
 if TYPE_CHECKING:
     from hooked_vlm.models.flow import Base
     from hooked_vlm.patching.engine import Begun, Cell, Sweep
-    from hooked_vlm.patching.runs import Inputs
 
 MOST = 64  # rows of a batch; more of them gain nothing
+MANY = 2**10  # times what is kept of a run, no single run of a transformer takes
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ class Sketched:
         sweep: the sweep. Its intervention is left out: it would compute with numbers.
 
     Attributes:
-        pair: the number of the pair that is run.
-        inputs: its inputs.
+        begun: the pair that is run, by the sweep itself or its sketch.
     """
 
     def __init__(self, sweep: Sweep):
@@ -74,8 +73,7 @@ class Sketched:
         self.given = sweep.max_rows
         self._of = sweep
         self._room: dict[Any, int] = {}
-        self.pair = 0
-        self.inputs: Inputs = {}
+        self.begun: Begun | None = None
 
     @cached_property
     def sweep(self) -> Sweep:
@@ -95,6 +93,9 @@ class Sketched:
         """
         if self.given is not None:
             return self.given
+        assert self.begun is not None
+        if self._of.memory is None and held(self.begun.base) * MANY * MOST < self.limit:
+            return MOST
         kind = self._shapes, tuple(dict.fromkeys(site.component for site, _ in cell.writes))
         if kind not in self._room:  # the first of a kind begins the earliest and takes the most
             self._room[kind] = self._fitting(cell)
@@ -102,7 +103,9 @@ class Sketched:
 
     @property
     def _shapes(self) -> tuple[Any, ...]:
-        return tuple((key, tuple(value.shape)) for key, value in self.inputs.items())
+        assert self.begun is not None
+        inputs = self.begun.locator.inputs
+        return tuple((key, tuple(value.shape)) for key, value in inputs.items())
 
     def _fitting(self, cell: Cell) -> int:
         kept, one, all_of_them = self._needs(cell)
@@ -118,11 +121,12 @@ class Sketched:
 
     def _needs(self, cell: Cell) -> tuple[int, int, int]:
         """Bytes of the kept run, and of a batch of one and of `MOST` such cells; found once."""
+        assert self.begun is not None
         sweep = self.sweep
         key = self._shapes, cell.writes, tuple(sweep.record())
         known: dict[Any, tuple[int, int, int]] = vars(sweep.model).setdefault("_needs", {})
         if key not in known:
-            begun, work = next(sweep.begin(self.pair)), Work()
+            begun, work = next(sweep.begin(self.begun.pair)), Work()
             peaks = []
             for n in (1, MOST):
                 with peak(work):
@@ -147,7 +151,7 @@ class Sketched:
             if begun is None:
                 break
             macs += work.macs
-            self.inputs = begun.locator.inputs
+            self.begun = begun
             cells = sweep.cells(begun)
             forward = self._forward(begun)
             for batch in sweep.batches(cells, self.most):
