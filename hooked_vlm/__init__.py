@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from hooked_vlm.models.base import HookedVLM
     from hooked_vlm.models.blip import HookedBLIP
     from hooked_vlm.models.clip import HookedCLIP
+    from hooked_vlm.models.dataset import ActivationDataset
     from hooked_vlm.models.llava import HookedLlava
 
 __version__ = "0.1.0"
 __all__ = [
+    "ActivationDataset",
     "HookedALBEF",
     "HookedBLIP",
     "HookedCLIP",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 _WHERE = {
+    "ActivationDataset": "hooked_vlm.models.dataset",
     "HookedALBEF": "hooked_vlm.models.albef",
     "HookedBLIP": "hooked_vlm.models.blip",
     "HookedCLIP": "hooked_vlm.models.clip",

@@ -18,6 +18,7 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedModel
 from hooked_vlm.components.attention import bias_of
 from hooked_vlm.components.stack import TokenStack, Unembed
 from hooked_vlm.hub import Located, locate, locate_tower
+from hooked_vlm.models.dataset import ActivationDataset, cache_dataset
 from hooked_vlm.models.inputs import (
     Geometry,
     ImageLike,
@@ -27,6 +28,7 @@ from hooked_vlm.models.inputs import (
     visible,
 )
 from hooked_vlm.models.loading import Loading, assign
+from hooked_vlm.models.names import Names
 from hooked_vlm.models.resumable import ResumableModel
 from weights_conversion import Checkpoint, ConversionError, InMemory, families, revert
 from weights_conversion.files import read_json, save
@@ -333,6 +335,34 @@ class HookedVLM(ResumableModel):
     ) -> BatchEncoding:
         """As `prepare`, so that the last position of the logits predicts the answer."""
         return self.prepare(images, text, first_token=first_token)
+
+    def cache_dataset(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        names: Names,
+        out: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        progress: bool = True,
+    ) -> ActivationDataset:
+        """Writes the activations of a data set to a folder, one file of safetensors per batch.
+
+        Called again with the same arguments, it goes on where it was stopped: batches that are
+        there are not run again. Standing hooks take part, and are not told apart.
+
+        Args:
+            inputs: batches, from `prepare`.
+            names: as in `run_with_cache`.
+            out: an empty folder, or one that was begun.
+            dtype: of what is written; by default as it is.
+            progress: whether to show a bar.
+
+        Raises:
+            KeyError: a name that nothing matches, or that the pass does not reach.
+            ValueError: a folder of another model, other weights, names or inputs, or of other
+                files. Nothing of it is changed.
+        """
+        return cache_dataset(self, inputs, names, out, dtype, progress)
 
     def continued(self, inputs: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
         """Inputs behind which some tokens of the answer stand, the same in every row.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -283,6 +284,29 @@ class ResumableModel(HookedModel):
         layer, part = door or (-1, "attn")
         return list(self.stacks).index(stack), layer, ("attn", "cross_attn", "mlp").index(part)
 
+    def mask_of(self, inputs: Mapping[str, Any], stack: str) -> Tensor | None:
+        """The mask of inputs that says which positions of a stack are no padding, if there is one.
+
+        Args:
+            inputs: as in `forward`.
+            stack: a stack: the first has none, the next one reads `input_ids`.
+        """
+        keys = (None, "attention_mask", "decoder_attention_mask")
+        key = keys[list(self.stacks).index(stack)]
+        return None if key is None else inputs.get(key)
+
+    def weights_hash(self) -> str:
+        """A hash of the names, shapes and types of all weights, and of a few numbers of each."""
+        digest = hashlib.sha256()
+        for name, weight in self.named_parameters():
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            for part in _parts(weight.detach()):
+                if part.device.type != "meta":
+                    flat = part.reshape(-1)
+                    some = torch.linspace(0, len(flat) - 1, min(64, len(flat)), dtype=torch.float64)
+                    digest.update(stored(flat[some.long().to(flat.device)]))
+        return digest.hexdigest()[:16]
+
     def _fingerprint(self, inputs: dict[str, Any]) -> tuple[Any, ...]:
         weights = [part for weight in self.parameters() for part in _parts(weight)]
         tensors = [*weights, *(t for t in inputs.values() if isinstance(t, Tensor))]
@@ -293,6 +317,12 @@ class ResumableModel(HookedModel):
         ]
         versions = (None if t.is_inference() else t._version for t in tensors)
         return tuple(zip((t.data_ptr() for t in tensors), versions, strict=True)), tuple(hooks)
+
+
+def stored(tensor: Tensor) -> bytes:
+    """The bytes of a tensor's numbers."""
+    numbers = tensor.detach().cpu().contiguous().reshape(-1)
+    return numbers.view(torch.uint8).numpy().tobytes() if len(numbers) else b""
 
 
 def _parts(weight: Tensor) -> Iterator[Tensor]:

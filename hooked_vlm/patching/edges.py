@@ -194,6 +194,7 @@ def edge_attribution(
         "direction": direction,
         "first_token": first,
         "metric": chosen.name,
+        "weights": model.weights_hash(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "complete": done == len(runs),

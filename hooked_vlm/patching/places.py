@@ -190,8 +190,7 @@ class Locator:
 
     def _real(self, stack: str) -> Sequence[int]:
         """The positions of a stack that are no padding."""
-        key = "attention_mask" if stack == self._text else "decoder_attention_mask"
-        mask = None if stack == self._vision else self.inputs.get(key)
+        mask = self.model.mask_of(self.inputs, stack)
         if mask is None:
             return self._door(stack)
         found: list[int] = mask[self._rows(stack)[0]].nonzero().flatten().tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,19 +11,21 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.models.base import HookedVLM
+from hooked_vlm.models.dataset import ActivationDataset
 from hooked_vlm.patching.interventions import At, Intervention
 from hooked_vlm.patching.metrics import Metric
 from hooked_vlm.patching.places import Locator
 from hooked_vlm.patching.runs import Inputs, Pairs, Run, single
 
-Reference = Pairs | Inputs | Sequence[Inputs]
+Reference = Pairs | Inputs | Sequence[Inputs] | ActivationDataset | str | Path
 
 
 def mean(reference: Reference, *, per_position: bool = False) -> Intervention:
     """The mean activation of other inputs.
 
     Args:
-        reference: prepared inputs, every row of which counts, or pairs, whose two runs both do.
+        reference: prepared inputs, every row of which counts, or pairs, whose two runs both do; or
+            a folder of `HookedVLM.cache_dataset`, which is read and not run.
         per_position: the mean at each position, counted from the left, in place of that over all
             positions. Padding is left out of both.
 
@@ -56,7 +59,7 @@ def mean(reference: Reference, *, per_position: bool = False) -> Intervention:
     return Intervention(name, _unready, ready=ready)
 
 
-def resample(reference: Reference, seed: int = 0) -> Intervention:
+def resample(reference: Pairs | Inputs | Sequence[Inputs], seed: int = 0) -> Intervention:
     """The activation of another input, drawn for each pair, and the same one in all of its cells.
 
     Args:
@@ -93,14 +96,14 @@ def _unready(value: Tensor, at: At) -> Tensor:
     raise ValueError("this intervention must know the model first: use it in P.ablate")
 
 
-def _runs(model: HookedVLM, reference: Reference) -> list[Run]:
+def _runs(model: HookedVLM, reference: Any) -> list[Run]:
     runs, _ = single(model, reference, Metric("none", lambda logits, _: logits), "cls")
     return runs
 
 
 def _rows(
     model: HookedVLM, run: Run, modules: list[str], n_rows: int
-) -> Iterator[tuple[str, Tensor, list[int]]]:
+) -> Iterator[tuple[str, Tensor, Sequence[int] | None]]:
     """What modules have in the first rows of a run, [rows, ...], and which positions are real."""
     inputs = run.inputs()
     base = model.base_run(**inputs, names_filter=modules)
@@ -109,8 +112,7 @@ def _rows(
         for name in modules:
             at = base.rows(model.stack_of(name), torch.tensor([row], device=model.device))
             value = base.cache[name][at]
-            n = locator.count(name)
-            yield name, value, list(locator.real(name)) if n else []
+            yield name, value, locator.real(name) if locator.count(name) else None
 
 
 def _means(
@@ -119,23 +121,45 @@ def _means(
     """Means of modules, [1, ...], with an axis of positions that is 1 if it is over them."""
     sums: dict[str, Any] = {}
     counts: dict[str, Any] = {}
+    for name, value, mask in _values(model, reference, modules):
+        wide, axis = value.double(), model.hook_dict[name].pos_dim
+        count = wide.new_full((1,), len(wide))
+        if axis is not None and wide.dim() > 2:
+            along = [len(wide) if at == 0 else -1 if at == axis else 1 for at in range(wide.dim())]
+            seen = torch.ones(len(wide), wide.shape[axis]) if mask is None else mask
+            weights = seen.to(wide).reshape(along)
+            wide, count = wide * weights, weights.sum(0, keepdim=True)
+            if not per_position:
+                wide, count = (one.sum(axis, keepdim=True) for one in (wide, count))
+        sums[name] = _added(sums.get(name), wide.sum(0, keepdim=True), axis)
+        counts[name] = _added(counts.get(name), count, axis)
+    return {name: sums[name] / counts[name].clamp(min=1) for name in modules}
+
+
+def _values(
+    model: HookedVLM, reference: Reference, modules: list[str]
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """What modules have in a reference, [rows, ...], and which positions are no padding.
+
+    Raises:
+        KeyError: a module that was not cached.
+    """
+    if isinstance(reference, str | Path):
+        reference = ActivationDataset(reference)
+    if isinstance(reference, ActivationDataset):
+        for activations, masks in reference.shards():
+            for name in modules:
+                if name not in activations:
+                    raise KeyError(f"{str(reference.folder)!r} holds no {name!r}: cache it, too")
+                yield name, activations[name].to(model.device), masks.get(name)
+        return
     for run in _runs(model, reference):
         for name, value, real in _rows(model, run, modules, run.n_rows):
-            wide = value.double()
-            axis = model.hook_dict[name].pos_dim
-            if axis is None or wide.dim() <= 2:
-                total, count = wide.sum(0, keepdim=True), torch.tensor(float(len(wide)))
-            else:
-                mask = torch.zeros(wide.shape[axis], dtype=torch.float64, device=wide.device)
-                mask[real] = 1
-                along = [-1 if at == axis else 1 for at in range(wide.dim())]
-                total = (wide * mask.view(along)).sum(0, keepdim=True)
-                count = mask.view(along) * len(wide)
-                if not per_position:
-                    total, count = total.sum(axis, keepdim=True), count.sum(axis, keepdim=True)
-            sums[name] = _added(sums.get(name), total, axis)
-            counts[name] = _added(counts.get(name), count, axis)
-    return {name: sums[name] / counts[name].clamp(min=1) for name in modules}
+            mask = None
+            if real is not None:
+                mask = torch.zeros(len(value), value.shape[model.hook_dict[name].pos_dim or 1])
+                mask[:, real] = 1
+            yield name, value, mask
 
 
 def _added(before: Tensor | None, more: Tensor, axis: int | None) -> Tensor:

@@ -252,6 +252,7 @@ def run(sweep: Sweep, told: dict[str, Any], progress: bool) -> PatchingResult:
     provenance = {
         **model.provenance,
         **told,
+        "weights": model.weights_hash(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "complete": not sweep.interrupted,
