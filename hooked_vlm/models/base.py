@@ -336,6 +336,14 @@ class HookedVLM(ResumableModel):
         """As `prepare`, so that the last position of the logits predicts the answer."""
         return self.prepare(images, text, first_token=first_token)
 
+    def prompt_parts(self, inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The positions of a prompt's parts by name, of one row of inputs; here, nothing is known.
+
+        Args:
+            inputs: from `prepare`.
+        """
+        return {}
+
     def cache_dataset(
         self,
         inputs: Iterable[Mapping[str, Any]],

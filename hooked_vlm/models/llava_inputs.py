@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from transformers import BatchEncoding
@@ -101,6 +101,42 @@ class LlavaInputs(HookedVLM):
         vars(inputs).update(geometry=geometry, first_token=first_token)
         return inputs
 
+    def prompt_parts(self, inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The positions of a prompt's parts by name, of one row of inputs.
+
+        `image`, `question`, `answer` (what stands behind the turn that the prompt opens) and
+        `system`: the system text and what marks the turns. Of a prompt that is not of the
+        template's form `image` and `text`.
+
+        Args:
+            inputs: from `prepare`.
+        """
+        ids: list[int] = inputs["input_ids"][0].tolist()
+        everything = set(range(len(ids)))
+        image = tuple(at for at, one in enumerate(ids) if one == self.cfg.image_token_id)
+        tails = self._tails(bool(image))
+        n = _alike(*(tail[::-1] for tail in tails))
+        opening = tails[0][len(tails[0]) - n :]
+        ends = [at for at in everything if ids[at : at + n] == opening]
+        behind = image[-1] + 1 if image else 0
+        # Two questions begin with other tokens, so that one of them does not begin as this one.
+        begin = behind + min(_alike(tail, ids[behind:]) for tail in tails)
+        if not n or not ends or ends[-1] < begin:
+            return {"image": image, "text": tuple(sorted(everything - {*image}))}
+        question = tuple(range(begin, ends[-1]))
+        answer = tuple(range(ends[-1] + n, len(ids)))
+        system = tuple(sorted(everything - {*image, *question, *answer}))
+        return {"image": image, "system": system, "question": question, "answer": answer}
+
+    def _tails(self, with_image: bool) -> list[list[int]]:
+        """The tokens behind the image of two prompts that share nothing but the template."""
+        if self.processor is None:
+            return [[], []]
+        texts = ("Why here?", "No, there!")
+        prompts = [self.tokenizer(self._prompt(text, with_image))["input_ids"] for text in texts]
+        image = self.cfg.image_token_id
+        return [ids[ids.index(image) + 1 :] if with_image else ids for ids in prompts]
+
     def _geometry(self, size: tuple[int, int], processor: Any) -> Geometry:
         if self.cfg.resolutions is None:
             return Geometry(size, visible(size, processor))
@@ -161,3 +197,9 @@ class LlavaInputs(HookedVLM):
             [{"role": "user", "content": said}], add_generation_prompt=True
         )
         return str(prompt).removeprefix(self.tokenizer.bos_token or "")  # encoding puts it there
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many numbers two sequences begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -28,6 +28,7 @@ from hooked_vlm.patching.places import Each, Region
 from hooked_vlm.patching.plan import Plan
 from hooked_vlm.patching.reference import mean, resample
 from hooked_vlm.patching.result import PatchingResult
+from hooked_vlm.patching.source import SourceResult, source_attribution
 from hooked_vlm.patching.sweep import ablate, activation_patching, plan
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "PatchingResult",
     "Plan",
     "Region",
+    "SourceResult",
     "Together",
     "ablate",
     "accuracy",
@@ -62,6 +64,7 @@ __all__ = [
     "prob",
     "random_sites",
     "resample",
+    "source_attribution",
     "steer",
     "together",
     "windows",

@@ -77,7 +77,7 @@ def single(
     if not all(isinstance(one, Mapping) for one in given):
         raise ValueError("prepared inputs are not mixed with pairs")
     bound = metric.bind(model, None)
-    rows = [row for one in given for row in _rows(model, one)]
+    rows = [row for one in given for row in rows_of(model, one)]
     told = getattr(given[0], "first_token", "unknown")
     return [Run(str(index), partial(_same, row), bound, 1) for index, row in enumerate(rows)], told
 
@@ -130,7 +130,7 @@ def _sides(model: HookedVLM, given: Any) -> list[Sides]:
     clean, corrupt = given
     if clean.keys() != corrupt.keys():
         raise ValueError(f"clean inputs have {sorted(clean)}, corrupt ones {sorted(corrupt)}")
-    rows = _rows(model, clean), _rows(model, corrupt)
+    rows = rows_of(model, clean), rows_of(model, corrupt)
     if len(rows[0]) != len(rows[1]):
         raise ValueError(
             f"there are {len(rows[0])} clean and {len(rows[1])} corrupt inputs; give as many"
@@ -138,7 +138,7 @@ def _sides(model: HookedVLM, given: Any) -> list[Sides]:
     return list(zip(*rows, strict=True))
 
 
-def _rows(model: HookedVLM, inputs: Inputs) -> list[Inputs]:
+def rows_of(model: HookedVLM, inputs: Inputs) -> list[Inputs]:
     """Prepared inputs, one for each row of logits.
 
     Raises:

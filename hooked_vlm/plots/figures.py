@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
@@ -92,6 +93,29 @@ def growth(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("\n".join(textwrap.wrap(title, 60)), fontsize=11)
     figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    return figure
+
+
+def bars(values: Mapping[str, xr.DataArray], *, title: str = "") -> Figure:
+    """Bars side by side for each place of one dimension.
+
+    Args:
+        values: by what the legend calls them; NaN has no bar.
+        title: what they are.
+    """
+    (first, *_) = values.values()
+    (dim,) = first.dims
+    names = [str(name) for name in first[dim].values]
+    figure = Figure(figsize=(max(5.0, 1.1 * len(names)), 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(values)
+    for number, (label, heights) in enumerate(values.items()):
+        at = np.arange(len(names)) + (number - (len(values) - 1) / 2) * width
+        axes.bar(at, heights.values, width, label=label)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_title("\n".join(textwrap.wrap(title, 60)), fontsize=11)
+    figure.legend(loc="outside lower center", ncols=len(values), fontsize=9, frameon=False)
     return figure
 
 
