@@ -167,8 +167,9 @@ class Sketched:
         """The work of a pass of one row; of what rows share, nothing."""
         model = self.sweep.model
         first = next(name for name in model.hook_dict if name.partition(".")[0] in model.stacks)
+        base = replace(begun.base, logits_to_keep=0)  # a plain pass makes them all
         with measured() as work:
-            model.resume(begun.base, first, rows=[self.sweep.start])
+            model.resume(base, first, rows=[self.sweep.start])
         return work.macs
 
 
