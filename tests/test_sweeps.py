@@ -418,6 +418,38 @@ def test_an_interrupted_sweep_keeps_what_is_done():
         P.activation_patching(model, pair, HEADS, interrupted, **QUIET)
 
 
+def test_an_interrupted_answer_of_several_tokens_is_not_counted():
+    """The answer is read, but its foil is not."""
+    model = toy("toy-blip-vqa")
+    pairs = shapes_pairs(2, 0, "vqa")
+    metric = P.logit_diff("red square", "blue circle", tokens="all")
+    site = "text.blocks.0.hook_mlp_out"
+    whole = P.activation_patching(model, pairs, site, metric, **QUIET)
+    calls, run = [], type(model).base_run
+
+    def interrupted(self, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:  # the foil of the second pair
+            raise KeyboardInterrupt
+        return run(self, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(model), "base_run", interrupted)
+        part = P.activation_patching(model, pairs, site, metric, max_rows=4, **QUIET)
+    assert part.data[0].item() == whole.data[0].item()
+    assert np.isnan([part.data[1].item(), part.clean[1].item(), part.corrupt[1].item()]).all()
+
+
+def test_sites_that_the_pass_does_not_visit():
+    """Of the image encoder, by texts without an image."""
+    model = toy("toy-llava")
+    pair = model.prepare(None, "What color is it?"), model.prepare(None, "What shape is it?")
+    metric = P.logit_diff("red", "blue")
+    with pytest.raises(ValueError, match=r"does not visit 'vision.blocks.0.hook_mlp_out'; leave"):
+        P.activation_patching(model, pair, "vision.blocks.0.hook_mlp_out", metric, **QUIET)
+    assert model.list_hooks() == {}
+
+
 def test_a_clean_run_that_is_the_corrupt_one_shows_nothing():
     model = built(ITM)
     one = ITM.inputs(1, padded=False)
@@ -444,6 +476,7 @@ def test_what_stands_before_the_image_is_read_restores_nothing():
     [
         ({"on": "corrupt"}, "on='corrupt' needs pairs"),
         ({"sites": None}, "'zero' names no sites of its own"),
+        ({"intervention": P.knockout(1, 2), "positions": 3}, "says where it writes: leave out pos"),
         ({"sites": []}, "an empty list of sites"),
         ({"intervention": P.patch()}, "'patch' reads the other run of a pair; give pairs"),
         ({"intervention": lambda value, at: value[:0]}, r"gives \[0, .* where \[1, "),

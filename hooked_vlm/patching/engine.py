@@ -120,6 +120,12 @@ class Sweep:
                     "the clean and one for the corrupt run; of a model whose rows are images, it "
                     "needs a corrupt image"
                 )
+            for name in self.modules:
+                if name in names and name not in base.cache:
+                    raise ValueError(
+                        f"the pass of these inputs does not visit {name!r}; leave it out, or give "
+                        "inputs that need it"
+                    )
             if "reference" in metric.needs and metric.reference is None:
                 clean = base.logits[0] if base.logits.dim() < 3 else base.logits[0, -1]
                 metric = replace(metric, reference=clean)
@@ -197,38 +203,39 @@ class Sweep:
             unpatched runs, [run, pair].
         """
         found: list[np.ndarray] = []
+        n_parts = len(self.runs[0].metric.parts())
         room = Sketched(self)
         ends = np.full((self.runs[0].n_rows, len(self.runs)), np.nan)
         bar = None
         try:
             for pair in range(len(self.runs)):
+                end, terms = np.zeros(len(ends)), np.zeros(())
                 for number, begun in enumerate(self.begin(pair)):
-                    unpatched = as_numbers(begun.metric(begun.base.logits))
+                    end += begun.weight * np.array(as_numbers(begun.metric(begun.base.logits)))
                     cells = self.cells(begun)
                     if bar is None:
-                        total = len(cells) * len(self.runs) * len(self.runs[pair].metric.parts())
+                        total = len(cells) * len(self.runs) * n_parts
                         bar = tqdm(total=total, desc=desc, unit="run", disable=desc is None)
-                    if number == 0:
-                        shape = len(self.sites), len(self._places(begun))
-                        found.append(np.full(shape, np.nan))
-                        ends[:, pair] = 0
-                    ends[:, pair] += np.array(unpatched) * begun.weight
-                    sums = found[pair]
+                    if number == 0:  # a value counts when all parts of the metric are there
+                        shape = n_parts, len(self.sites), len(self._places(begun))
+                        terms = np.full(shape, np.nan)
+                        found.append(terms)
+                    if number == n_parts - 1:
+                        ends[:, pair] = end
                     room.begun = begun
                     for batch in self.batches(cells, room.most):
                         numbers = self._numbers(begun, batch)
                         for cell, value in zip(batch, numbers, strict=True):
-                            before = 0.0 if number == 0 else sums[cell.at]
-                            sums[cell.at] = before + value * begun.weight
+                            terms[(number, *cell.at)] = value * begun.weight
                         bar.update(len(batch))
         except KeyboardInterrupt:
-            if not any(np.isfinite(one).any() for one in found):
+            if not any(np.isfinite(one.sum(0)).any() for one in found):
                 raise
             self.interrupted = True
         finally:
             if bar is not None:
                 bar.close()
-        return _stacked(found, len(self.runs)), ends
+        return _stacked([one.sum(0) for one in found], len(self.runs)), ends
 
     def batches(self, cells: list[Cell], most: Callable[[Cell], int]) -> Iterator[list[Cell]]:
         """Cells that resume at the same door together, as many at a time as there is room for."""

@@ -221,9 +221,11 @@ def ablating(
         if written.sites is None:
             raise ValueError(f"{written.name!r} names no sites of its own: give sites")
         sites = written.sites(model)
+    if written.at is not None:
+        if positions is not None:
+            raise ValueError(f"{written.name!r} says where it writes: leave out positions=")
+        positions = [written.at]
     swept, places = _where(model, sites, positions)
-    if positions is None and written.at is not None:
-        places = [written.at]
     runs, first = single(model, inputs, chosen, first_token)
     if on == "corrupt" and runs[0].n_rows == 1:
         raise ValueError("on='corrupt' needs pairs; these inputs have no corrupt run")
