@@ -7,6 +7,7 @@ import pytest
 import torch
 from whole_zoo import ZOO
 from zoo_clip import CLIP
+from zoo_llava import LLAVA
 
 from hooked_vlm import HookedBLIP, HookedLlava
 from hooked_vlm import patching as P
@@ -384,3 +385,48 @@ def test_refusals():
     with pytest.raises(ValueError, match="it needs a corrupt image"):
         edge_attribution(built(clip), (sides[0], same), **QUIET)
     assert not any(point.listening for point in model.hook_points())
+
+
+def test_gradients_are_averaged_over_runs_between():
+    """From MLP to MLP of a pre-norm stack, whose stream is a sum, by passes of mixed images."""
+    member = LLAVA[0]
+    model = built(member)
+    clean, corrupt = (
+        member.inputs(1, padded=False, seed=seed, dtype=torch.float64) for seed in (0, 1)
+    )
+    corrupt = corrupt | {"input_ids": clean["input_ids"]}  # another image alone
+    sender, receiver = "text.blocks.0.hook_mlp_out", "text.blocks.1.hook_mlp_in"
+    embed = "vision.hook_embed"
+
+    def total(logits):
+        flat = logits.flatten(1)
+        return flat @ torch.arange(1, 1 + flat.shape[1]).to(flat) / flat.shape[1]
+
+    ends = [model.run_with_cache(**x, names_filter=[embed, sender])[1] for x in (corrupt, clean)]
+    gradients = []
+    for share in (1 / 6, 1 / 2, 5 / 6):
+        mixed = torch.lerp(ends[0][embed], ends[1][embed], share)
+        with model.hooks([(embed, lambda x, hook, mixed=mixed: mixed)]):
+            _, cache = model.run_with_cache(
+                **corrupt,
+                names_filter=receiver,
+                incl_bwd=True,
+                metric=lambda logits: total(logits).sum(),
+            )
+        gradients.append(cache[f"{receiver}_grad"])
+    change = ends[1][sender] - ends[0][sender]
+    expected = (change * torch.stack(gradients).mean(0)).sum().item()
+    found = P.edge_attribution(
+        model,
+        (clean, corrupt),
+        total,
+        senders=sender,
+        receivers=receiver,
+        steps=3,
+        progress=False,
+    )
+    plain = P.edge_attribution(
+        model, (clean, corrupt), total, senders=sender, receivers=receiver, progress=False
+    )
+    assert found.data.item() != pytest.approx(plain.data.item(), rel=1e-3)
+    assert found.data.item() == pytest.approx(expected, rel=1e-9)

@@ -117,6 +117,40 @@ def _agreement(estimated: PatchingResult, exact: PatchingResult) -> dict[str, fl
     }
 
 
+def between(
+    model: HookedVLM, inputs: Inputs, start: int, steps: int, names: list[str], keep: int
+) -> Iterator[Base]:
+    """Runs with gradients whose embeddings are interpolated between the two rows of a pair.
+
+    Args:
+        model: the model.
+        inputs: both rows.
+        start: the row whose place the interpolated one takes.
+        steps: how many runs; their shares are the middles of as many equal steps.
+        names: the points to differentiate by.
+        keep: of how many last positions logits are made, 0 for all.
+    """
+    points = [f"{stack}.hook_embed" for stack in model.stacks]
+    points = [name for name in points if name in model.hook_dict]
+    ends, links = model.traced_run(points, **inputs)
+    numbers = torch.tensor([start, 1 - start], device=model.device)
+    for step in range(steps):
+
+        def mix(x: Tensor, hook: HookPoint, share: float = (step + 0.5) / steps) -> Tensor:
+            name, stack = str(hook.name), str(hook.name).partition(".")[0]
+            whole = ends.cache[name].detach()
+            row, other = (ends.rows(stack, one[None]).to(x.device) for one in numbers)
+            there, merge = torch.lerp(whole[row], whole[other], share), links[stack].merge
+            if merge is not None:  # what stands for an image comes of the image's own stack
+                shown = merge.places.to(x.device)[row][..., None]
+                there = torch.where(shown, x[row], there)
+            return x.index_copy(0, row, there)
+
+        with model.hooks([(name, mix) for name in points if name in ends.cache]):
+            base, _ = model.traced_run(names, logits_to_keep=keep, **inputs)
+        yield base
+
+
 @dataclass
 class AttributionSweep(Sweep):
     """A sweep whose runs are estimated.
@@ -184,30 +218,9 @@ class AttributionSweep(Sweep):
 
     def _averaged(self, begun: Begun, steps: int) -> dict[str, Tensor]:
         """The mean gradient over runs between the two."""
-        model, base, inputs = self.model, begun.base, begun.locator.inputs
-        points = [f"{stack}.hook_embed" for stack in model.stacks]
-        points = [name for name in points if name in model.hook_dict]
-        ends, links = model.traced_run(points, **inputs)
         sums: dict[str, Tensor] = {}
-        for step in range(steps):
-            share = (step + 0.5) / steps
-
-            def between(x: Tensor, hook: HookPoint, share: float = share) -> Tensor:
-                stack = str(hook.name).partition(".")[0]
-                rows = self.rows_of(begun, str(hook.name))
-                own, other = (
-                    ends.cache[str(hook.name)][rows[row]].detach()
-                    for row in (self.start, 1 - self.start)
-                )
-                there, merge = own + share * (other - own), links[stack].merge
-                if merge is not None:  # what stands for an image comes of the image's own stack
-                    shown = merge.places[rows[self.start]][..., None].to(x.device)
-                    there = torch.where(shown, x[rows[self.start]], there)
-                return x.index_copy(0, rows[self.start].to(x.device), there)
-
-            reached = [name for name in points if name in ends.cache]
-            with model.hooks([(name, between) for name in reached]):
-                one = self.unpatched(self.record(), base.logits_to_keep, inputs)
+        inputs, keep = begun.locator.inputs, begun.base.logits_to_keep
+        for one in between(self.model, inputs, self.start, steps, self.record(), keep):
             for name, grad in self._found(begun, one).items():
                 sums[name] = sums.get(name, 0) + grad / steps
         return sums

@@ -20,7 +20,8 @@ from hooked_vlm.components.blocks import Sum
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.flow import Base, Link
 from hooked_vlm.models.names import Site
-from hooked_vlm.patching.metrics import as_metric, as_numbers
+from hooked_vlm.patching.attribution import between
+from hooked_vlm.patching.metrics import Metric, as_metric, as_numbers
 from hooked_vlm.patching.runs import FirstToken, Pairs, Run, paired
 from hooked_vlm.patching.sweep import Direction, MetricLike
 
@@ -117,6 +118,7 @@ def edge_attribution(
     *,
     senders: NodeNames = None,
     receivers: NodeNames = None,
+    steps: int | None = None,
     first_token: FirstToken = "cls",
     progress: bool = True,
 ) -> EdgeResult:
@@ -145,6 +147,8 @@ def edge_attribution(
         direction: `denoise` scores clean outputs in the corrupt run, `noise` the reverse.
         senders: hook names, globs or sites of some senders; None for all.
         receivers: the same of receivers.
+        steps: averages the gradient over so many runs between the two, as in
+            `attribution_patching` (EAP-IG); None for the gradient of the run that is written to.
         first_token: as in `HookedVLM.prepare`; of inputs that are prepared already, theirs.
         progress: whether to show a bar.
 
@@ -156,6 +160,8 @@ def edge_attribution(
         KeyError: names that no sender, or receiver, has.
         ValueError: a stack without a stream, a metric without a gradient; pairs that do not align.
     """
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps is at least 1, not {steps}")
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction is 'denoise' or 'noise', not {direction!r}")
     sent, received = _nodes(model)
@@ -169,7 +175,7 @@ def edge_attribution(
     done, last = 0, set[str]()
     try:
         for run in tqdm(runs, desc="edges", unit="pair", disable=not progress):
-            ends[:, done], scores[done], ended = _scored(model, run, own, sent, received)
+            ends[:, done], scores[done], ended = _scored(model, run, own, sent, received, steps)
             done, last = done + 1, last | ended
     except KeyboardInterrupt:
         if not done:
@@ -197,6 +203,7 @@ def edge_attribution(
         "weights": model.weights_hash(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "transformers")},
+        "steps": steps,
         "complete": done == len(runs),
     }
     return EdgeResult(data, clean, corrupt, provenance)
@@ -268,7 +275,12 @@ def _chosen(model: HookedVLM, names: NodeNames, nodes: list[Node], kind: str) ->
 
 
 def _scored(
-    model: HookedVLM, run: Run, own: int, senders: list[Node], receivers: list[Node]
+    model: HookedVLM,
+    run: Run,
+    own: int,
+    senders: list[Node],
+    receivers: list[Node],
+    steps: int | None,
 ) -> tuple[np.ndarray, np.ndarray, set[str]]:
     """A pair's metric in both rows, its scores, [sender, receiver], and where logits are read.
 
@@ -298,9 +310,19 @@ def _scored(
             raise ValueError(f"{metric.name} has no gradient; edges need a metric that has one")
         graph = _Graph(model, base, links, own)
         ends += weight * np.array(as_numbers(values.detach()))
-        scores += weight * graph.scores(values[own], senders, receivers)
+        if steps is None:
+            runs: Iterable[tuple[Tensor, Base]] = [(values[own], base)]
+        else:
+            made = between(model, inputs, own, steps, points, keep)
+            runs = ((_measured(metric, one, own), one) for one in made)
+        scores += weight * graph.scores(runs, senders, receivers)
         last |= graph.last
     return ends, scores, last
+
+
+@torch.enable_grad()
+def _measured(metric: Metric, base: Base, own: int) -> Tensor:
+    return metric(base.logits)[own]
 
 
 def _points(model: HookedVLM, senders: list[Node], receivers: list[Node]) -> list[str]:
@@ -395,8 +417,19 @@ class _Graph:
             return torch.zeros_like(x)
         return gradient[self.rows[point.partition(".")[0]].to(x.device)]
 
-    def scores(self, value: Tensor, senders: list[Node], receivers: list[Node]) -> np.ndarray:
-        """Scores, [sender, receiver], of a metric's value; NaN where there is no edge."""
+    def scores(
+        self,
+        values: Iterable[tuple[Tensor, Base]],
+        senders: list[Node],
+        receivers: list[Node],
+    ) -> np.ndarray:
+        """Scores, [sender, receiver]; NaN where there is no edge.
+
+        Args:
+            values: a metric's values, and the runs they are of, whose gradients are averaged.
+            senders: the senders.
+            receivers: the receivers.
+        """
         found = np.full((len(senders), len(receivers)), np.nan)
         received = [
             number
@@ -406,8 +439,14 @@ class _Graph:
         if not received:
             return found
         points = list(dict.fromkeys(receivers[number].point for number in received))
-        tensors = [self.base.cache[point] for point in points]
-        gradients = torch.autograd.grad(value, tensors, allow_unused=True)
+        gradients: list[Tensor | None] = [None] * len(points)
+        for number, (value, base) in enumerate(values, start=1):
+            tensors = [base.cache[point] for point in points]
+            these = torch.autograd.grad(value, tensors, allow_unused=True)
+            gradients = [  # the mean so far
+                one if mean is None or one is None else mean + (one - mean) / number
+                for mean, one in zip(gradients, these, strict=True)
+            ]
         self.gradients = dict(zip(points, gradients, strict=True))
         streams = [self._own(_end(name, self.model.stacks[name])) for name in self.links]
         size = max(stream.numel() * stream.element_size() for stream in streams)
