@@ -78,12 +78,12 @@ def names_of(model):
     return [name for name in names if name in model.hook_dict]
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize(
-    ("member", "shared"),
-    [(member, False) for member in (*FUSED, *LLAVA, CLIP[0])]
+    ("member", "shared", "direction"),
+    [(member, False, "denoise") for member in (*FUSED, *LLAVA, CLIP[0])]
     # Rows of a CLIP are images, and NLVR has two for each text: they share none.
-    + [(member, True) for member in (*FUSED, *LLAVA) if member.task != "nlvr"],
+    + [(member, True, "denoise") for member in (*FUSED, *LLAVA) if member.task != "nlvr"]
+    + [(member, False, "noise") for member in (ITM, LLAVA[0])],
     ids=str,
 )
 def test_estimates_are_slopes(member, shared, direction):

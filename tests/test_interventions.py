@@ -105,7 +105,7 @@ def writable(model):
     return [n for n in names if "hook_result" not in n]
 
 
-@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=30, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(st.data())
 def test_any_site_with_any_intervention(data):
     """Sites of all stacks, heads too, at all positions or some, alone or together."""
