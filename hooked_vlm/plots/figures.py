@@ -15,6 +15,7 @@ from PIL import Image
 WRITTEN = 200  # cells of a heat map beyond which numbers are not written into them
 WIDEST = 24.0  # inches of all cells; more of them are drawn smaller
 LABEL = 0.2  # inches that a label needs
+LONGEST = 12  # letters of a name that fits under its bars
 
 
 def heatmap(values: xr.DataArray, *, title: str = "") -> Figure:
@@ -114,6 +115,9 @@ def bars(values: Mapping[str, xr.DataArray], *, title: str = "") -> Figure:
         axes.bar(at, heights.values, width, label=label)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    if max(map(len, names)) > LONGEST:
+        axes.tick_params(axis="x", labelrotation=90)
     axes.set_title("\n".join(textwrap.wrap(title, 60)), fontsize=11)
     figure.legend(loc="outside lower center", ncols=len(values), fontsize=9, frameon=False)
     return figure
