@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -102,40 +103,68 @@ class LlavaInputs(HookedVLM):
         return inputs
 
     def prompt_parts(self, inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The positions of a prompt's parts by name, of one row of inputs.
+        """The positions of a prompt's parts by name, of one row of inputs, padding left out.
 
-        `image`, `question`, `answer` (what stands behind the turn that the prompt opens) and
-        `system`: the system text and what marks the turns. Of a prompt that is not of the
-        template's form `image` and `text`.
+        `image`; `system`, the text in front of the first turn; `question`, what the user says, and
+        `answer`, what the assistant says, of all turns; `template`, what marks turns. Of a prompt
+        that is not of the template's form `image` and `text`.
 
         Args:
             inputs: from `prepare`.
         """
-        ids: list[int] = inputs["input_ids"][0].tolist()
-        everything = set(range(len(ids)))
-        image = tuple(at for at, one in enumerate(ids) if one == self.cfg.image_token_id)
-        tails = self._tails(bool(image))
-        n = _alike(*(tail[::-1] for tail in tails))
-        opening = tails[0][len(tails[0]) - n :]
-        ends = [at for at in everything if ids[at : at + n] == opening]
-        behind = image[-1] + 1 if image else 0
-        # Two questions begin with other tokens, so that one of them does not begin as this one.
-        begin = behind + min(_alike(tail, ids[behind:]) for tail in tails)
-        if not n or not ends or ends[-1] < begin:
-            return {"image": image, "text": tuple(sorted(everything - {*image}))}
-        question = tuple(range(begin, ends[-1]))
-        answer = tuple(range(ends[-1] + n, len(ids)))
-        system = tuple(sorted(everything - {*image, *question, *answer}))
-        return {"image": image, "system": system, "question": question, "answer": answer}
+        ids = inputs["input_ids"][0]
+        mask = inputs.get("attention_mask")
+        real = list(range(len(ids))) if mask is None else mask[0].nonzero().flatten().tolist()
+        image = [at for at in real if ids[at] == self.cfg.image_token_id]
+        words = [at for at in real if ids[at] != self.cfg.image_token_id]
+        markers = self._markers()
+        parts = None
+        if markers is not None:
+            parts = _spoken([self._written(int(ids[at])) for at in words], *markers)
+        if parts is None:
+            return {"image": tuple(image), "text": tuple(words)}
+        found = {
+            name: tuple(at for at, part in zip(words, parts, strict=True) if part == name)
+            for name in ("system", "question", "answer", "template")
+        }
+        return {"image": tuple(image)} | found
 
-    def _tails(self, with_image: bool) -> list[list[int]]:
-        """The tokens behind the image of two prompts that share nothing but the template."""
+    def _markers(self) -> tuple[str, str] | None:
+        """What stands in front of a question and of an answer; None if nothing tells."""
         if self.processor is None:
-            return [[], []]
-        texts = ("Why here?", "No, there!")
-        prompts = [self.tokenizer(self._prompt(text, with_image))["input_ids"] for text in texts]
-        image = self.cfg.image_token_id
-        return [ids[ids.index(image) + 1 :] if with_image else ids for ids in prompts]
+            return None
+        if getattr(self.processor, "chat_template", None) is None:
+            before, behind = PROMPTS[self.cfg.language].split("{image}{question}")
+            return before.strip(), behind.strip()
+        said = [("user", "QUESTION"), ("assistant", "ANSWER"), ("user", "QUESTION")]
+        prompt = self.processor.apply_chat_template(
+            [{"role": who, "content": [{"type": "text", "text": text}]} for who, text in said],
+            add_generation_prompt=True,
+        )
+        for token in self._ends():
+            prompt = prompt.replace(token, "")
+        turns = re.fullmatch("(.*)QUESTION(.*)ANSWER(.*)QUESTION(.*)", prompt, re.DOTALL)
+        if turns is None:
+            return None
+        head, replies, between, opens = turns.groups()  # a system text stands in the head alone
+        asks = _begins(head[::-1], between[::-1])[::-1].strip()
+        answers = _begins(replies.strip(), opens.strip())
+        return (asks, answers) if asks and answers else None
+
+    def _ends(self) -> set[str]:
+        """The tokens that begin and end texts."""
+        tokenizer = self.tokenizer
+        return {one for one in (tokenizer.bos_token, tokenizer.eos_token) if one}
+
+    def _written(self, token: int) -> str:
+        """What a token writes into a text, one character for each that matters here."""
+        piece = str(self.tokenizer.convert_ids_to_tokens(token))
+        if piece in self._ends():
+            return ""
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        if byte:
+            return chr(int(byte[1], 16))
+        return piece.replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\n")
 
     def _geometry(self, size: tuple[int, int], processor: Any) -> Geometry:
         if self.cfg.resolutions is None:
@@ -199,7 +228,39 @@ class LlavaInputs(HookedVLM):
         return str(prompt).removeprefix(self.tokenizer.bos_token or "")  # encoding puts it there
 
 
-def _alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many numbers two sequences begin with in common."""
+def _begins(one: str, other: str) -> str:
+    """What two texts begin with in common."""
     pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return one[: next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))]
+
+
+def _spoken(tokens: Sequence[str], asks: str, answers: str) -> list[str] | None:
+    """The part of a prompt that each of its tokens belongs to; None for one without turns.
+
+    Args:
+        tokens: what they write.
+        asks: what stands in front of a question.
+        answers: what stands in front of an answer.
+    """
+    text = "".join(tokens)
+    parts = ["template"] * len(text)
+    part, begin = "system", 0
+    while True:
+        marker = answers if part == "question" else asks
+        end = text.find(marker, begin)
+        stop = len(text) if end < 0 else end
+        said = text[begin:stop]
+        first, n = begin + len(said) - len(said.lstrip()), len(said.strip())
+        parts[first : first + n] = [part] * n
+        if end < 0:
+            break
+        part, begin = ("answer" if part == "question" else "question"), end + len(marker)
+    if part == "system":
+        return None
+    found, at = [], 0
+    for token in tokens:
+        blank = len(token) - len(token.lstrip())  # a space in front tells nothing
+        inside = parts[at : at + len(token)]
+        found.append(inside[blank % len(token)] if token else "template")
+        at += len(token)
+    return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,12 +16,17 @@ from tqdm.auto import tqdm
 from hooked_vlm.components.hook_point import HookPoint, reads_only
 from hooked_vlm.components.norm import LayerNorm
 from hooked_vlm.models.base import HookedVLM
+from hooked_vlm.models.flow import Base
 from hooked_vlm.models.inputs import ImageLike
-from hooked_vlm.patching.interventions import knockout
+from hooked_vlm.models.names import Site
+from hooked_vlm.patching.cells import as_sites
+from hooked_vlm.patching.engine import Begun, Sweep
+from hooked_vlm.patching.interventions import Intervention, knockout
 from hooked_vlm.patching.metrics import Metric, as_metric, as_numbers
 from hooked_vlm.patching.places import Locator, Place, as_place
+from hooked_vlm.patching.result import VANISHING
 from hooked_vlm.patching.runs import PER_IMAGE, FirstToken, Inputs, Pairs, Run, rows_of, single
-from hooked_vlm.patching.sweep import MetricLike, ablate
+from hooked_vlm.patching.sweep import MetricLike
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
 
 OTHERS = ("mlp", "embed", "bias")  # what no other position gives
 Places = Mapping[str, Place | Sequence[Place]]
+Resample = Sequence[ImageLike | Inputs] | Literal["others"] | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,17 @@ class SourceResult:
     resampled: xr.DataArray | None
     provenance: dict[str, Any]
 
+    @property
+    def share(self) -> xr.DataArray | None:
+        """The share of the metric that each source gives directly; None as `direct`.
+
+        NaN for a pair whose parts cancel, so that nothing is left to have a share of.
+        """
+        if self.direct is None:
+            return None
+        size = abs(self.direct).sum("source")
+        return self.direct / self.metric.where(abs(self.metric) > VANISHING * size)
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row per pair and source, with what it gives directly and is worth by knockout.
 
@@ -65,8 +82,9 @@ class SourceResult:
         columns = {"metric": self.metric}
         for queries in self.knockout["queries"].values:
             columns[f"knockout_{queries}"] = self.knockout.sel(queries=queries, drop=True)
-        if self.direct is not None:
-            columns |= {"direct": self.direct, "share": self.direct / self.metric}
+        share = self.share
+        if self.direct is not None and share is not None:
+            columns |= {"direct": self.direct, "share": share}
         if self.resampled is not None:
             columns["resampled"] = self.resampled.expand_dims(source=["image"])
         frame = xr.merge([xr.Dataset({key: value}) for key, value in columns.items()], join="outer")
@@ -96,14 +114,14 @@ def source_attribution(
     metric: MetricLike = None,
     *,
     sources: Places | None = None,
-    resample: Sequence[ImageLike] | None = None,
+    resample: Resample = None,
     first_token: FirstToken = "cls",
     progress: bool = True,
 ) -> SourceResult:
     """Tells what image, question, the prompt's other text, and earlier answer give to a metric.
 
-    Directly, where the last stack is pre-norm and a linear map makes the logits of it: the
-    difference of two logits is a sum over what was added to the stream of the last position, with
+    Directly, where the last stack is pre-norm and a linear map makes the logits of it: a
+    difference of logits is a sum over what was added to the stream of the last position, with
     the divisor of the final norm as it is. What attention adds is a sum over the positions it
     reads. The parts add up to the metric.
 
@@ -117,26 +135,33 @@ def source_attribution(
     Args:
         model: any model of the zoo but CLIP.
         inputs: inputs from `prepare`, one result per row, or pairs, of which the clean run counts.
-        metric: as in `activation_patching`; `direct` takes `logit_diff` alone.
-        sources: places of a LLaVA's prompt by the name of a source. By default `image`, `question`,
-            `answer`, what stands behind the turn that the prompt opens, and `system`, all else:
-            the system text and what marks turns; of a prompt of another form `image` and `text`.
-        resample: other images for the control.
+        metric: as in `activation_patching`; `direct` takes weighted sums of the last position's
+            logits, such as `logit_diff` and `lambda logits: logits[:, -1, 3]`.
+        sources: places of a LLaVA's prompt by the name of a source. By default `image`, `system`,
+            the text in front of the first turn, `question` and `answer`, what is said in the turns
+            so far, and `template`, what marks these; of a prompt of another form `image` and
+            `text`. Positions in none of yours are `rest`.
+        resample: other images for the control, or prepared inputs that have them; `others` takes
+            those of the other inputs.
         first_token: as in `activation_patching`.
         progress: whether to show a bar.
 
     Raises:
-        ValueError: as in `activation_patching`; sources that overlap.
+        ValueError: as in `activation_patching`; sources that overlap, inputs that are padded on
+            the right, other images that take another number of tokens.
     """
     if model.task == "clip":
         raise ValueError("a CLIP compares vectors: it has no position that an answer is read at")
     chosen = as_metric(metric, model)
     runs, first = single(model, inputs, chosen, first_token)
-    why = _indirect(model, chosen)
-    others = None if resample is None else [_pixels(model, image) for image in resample]
+    others = _others(model, runs, resample)
+    why = _indirect(model)
     found: list[dict[str, Any]] = []
-    for run in tqdm(runs, desc="sources", unit="input", disable=not progress):
-        found.append(_attributed(model, run, sources, others, why is None))
+    for number, run in enumerate(tqdm(runs, desc="sources", unit="input", disable=not progress)):
+        other = None if others is None else others[number]
+        found.append(_attributed(model, run, sources, other, why is None))
+    if why is None and any("direct" not in one for one in found):
+        why = f"{chosen.name} is no weighted sum of the last position's logits; logit_diff is"
     pairs = {"pair": [run.name for run in runs]}
 
     def stacked(key: str, *dims: str, **coords: Any) -> xr.DataArray:
@@ -166,6 +191,7 @@ def source_attribution(
         "metric": chosen.name,
         "first_token": first,
         "direct": why or "exact",
+        "resample": "others" if isinstance(resample, str) else len(resample or ()),
         "weights": model.weights_hash(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "transformers")},
@@ -181,136 +207,196 @@ def source_attribution(
     )
 
 
-def _indirect(model: HookedVLM, metric: Metric) -> str | None:
-    """Why the metric is no sum over a stream, None if it is."""
+def _indirect(model: HookedVLM) -> str | None:
+    """Why no logit of a model is a sum over a stream, None if they are."""
     last = list(model.stacks)[-1]
-    if not (model.stacks[last].pre_norm and isinstance(model._modules.get("unembed"), nn.Linear)):
+    if not model.stacks[last].pre_norm:
         return f"{last!r} is a post-norm stack: its stream is no sum of what its parts add"
-    if metric.needs != ("answer", "foil") or metric.tokens == "all":
-        return f"{metric.name} is no difference of two logits; logit_diff is"
+    if not isinstance(model._modules.get("unembed"), nn.Linear):
+        return f"no linear map makes the logits of the stream of {last!r}"
     return None
 
 
-def _pixels(model: HookedVLM, image: ImageLike) -> dict[str, Any]:
-    """What a model gets of an image."""
-    prepared = model.prepare([image], ["a"])
-    return {key: prepared[key] for key in PER_IMAGE if key in prepared}
+def _others(model: HookedVLM, runs: list[Run], resample: Resample) -> list[list[Inputs]] | None:
+    """For each input those whose images stand in for its own; None for no control.
+
+    Raises:
+        ValueError: there is no other image.
+    """
+    if resample is None:
+        return None
+    if isinstance(resample, str):
+        if resample != "others":
+            raise ValueError(f"resample is 'others', or images, not {resample!r}")
+        every = [rows_of(model, run.inputs())[0] for run in runs]
+        found = [[one for one in every if not _same_image(one, own)] for own in every]
+    else:
+        given = [
+            row
+            for one in resample
+            for row in (
+                rows_of(model, one) if isinstance(one, Mapping) else [model.prepare([one], ["a"])]
+            )
+        ]
+        found = [given] * len(runs)
+    if not all(found):
+        raise ValueError("resample has no image but the input's own; give others")
+    return found
+
+
+def _same_image(one: Inputs, other: Inputs) -> bool:
+    return all(torch.equal(one[key], other[key]) for key in PER_IMAGE if key in one)
 
 
 def _attributed(
     model: HookedVLM,
     run: Run,
     sources: Places | None,
-    others: list[dict[str, Any]] | None,
+    others: list[Inputs] | None,
     direct: bool,
 ) -> dict[str, Any]:
-    """The numbers of one input; of a pair, of its clean one."""
+    """The numbers of one input; of a pair, of its clean one. Without `direct` if there is none.
+
+    Raises:
+        ValueError: padding at the position that is read.
+    """
     inputs = rows_of(model, run.inputs())[0]
+    last = list(model.stacks)[-1]
     found: dict[str, Any] = {"metric": 0.0, "resampled": 0.0, "knockout": {}}
-    for metric, weight in run.metric.parts():
+    parts = run.metric.parts()
+    for metric, weight in parts:
         given = inputs
         if len(metric.continuation) > 1:
             given = model.continued(inputs, metric.continuation[:-1])
-        seen: dict[str, Tensor] = {}
-        last = list(model.stacks)[-1]
-        hooks = [(name, _keeper(seen)) for name in _kept(model, last)] if direct else []
         keep = 0 if metric.whole else max(1, len(metric.continuation))
-        with model.hooks(hooks):
-            base = model.base_run(**given, logits_to_keep=keep)
-        clean = base.logits[0] if base.logits.dim() < 3 else base.logits[0, -1]
+        base = model.base_run(**given, logits_to_keep=keep)
         if "reference" in metric.needs and metric.reference is None:
+            clean = base.logits[0] if base.logits.dim() < 3 else base.logits[0, -1]
             metric = replace(metric, reference=clean)
+        locator = Locator(model, base, given, 0, run.roles)
+        stream = f"{last}.blocks.0.hook_resid_pre"
+        if keep and base.logits.dim() == 3 and locator.real(stream)[-1] + 1 < locator.count(stream):
+            raise ValueError(
+                f"input {run.name!r} is padded on the right, and an answer is read at the last "
+                "position; prepare it by itself"
+            )
         value = as_numbers(metric(base.logits))[0]
         found["metric"] += weight * value
-        locator = Locator(model, base, given, 0, run.roles)
+        begun = Begun(base, locator, metric, weight, 0)
         for name, by in _knockouts(model, locator, sources, given).items():
             row = found["knockout"].setdefault(name, dict.fromkeys(by, 0.0))
             for queries, kind in by.items():
                 if kind is not None:  # else there is nothing to attend to
-                    result = ablate(model, given, None, kind, metric, progress=False)
-                    row[queries] += weight * (value - result.data.item())
-        if direct:
-            found |= _direct(model, last, metric, seen, _sources(model, locator, sources, given))
+                    row[queries] += weight * (value - _without(model, run, begun, kind))
+        slope = _slope(metric, base.logits) if direct and len(parts) == 1 else None
+        if slope is not None:
+            found |= _direct(model, base, slope, _sources(model, locator, sources, given))
         if others is not None:
-            swapped = [model(**one) for one in _swapped(given, others)]
+            swapped = [model(**_swapped(model, given, *one)) for one in enumerate(others)]
             values = [as_numbers(metric(logits))[0] for logits in swapped]
             found["resampled"] += weight * (value - sum(values) / len(values))
     return found
 
 
-def _swapped(given: Inputs, others: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """An input with other images in the place of its own.
+def _without(model: HookedVLM, run: Run, begun: Begun, kind: Intervention) -> float:
+    """The metric with a knockout, continued from the run without."""
+    assert kind.sites is not None
+    places: list[Place] | None = None if kind.at is None else [kind.at]
+    sweep = Sweep(model, [run], as_sites(model, kind.sites(model)), places, kind, 0)
+    return as_numbers(begun.metric(sweep.logits(begun, sweep.cells(begun))))[0]
+
+
+def _swapped(model: HookedVLM, given: Inputs, number: int, other: Inputs) -> dict[str, Any]:
+    """An input with another's images in the place of its own.
 
     Raises:
-        ValueError: an image that takes another number of tokens.
+        ValueError: no images, or such that take another number of tokens.
     """
-    for number, one in enumerate(others):
-        shapes = [tuple(side["pixel_values"].shape) for side in (given, one)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"resample={number}: its pixels are {shapes[1]}, those of the input {shapes[0]}; "
-                "give images of one shape, one for an input"
-            )
-        yield {**given, **one}
+    told = []
+    for one in (other, given):
+        n = len(one["pixel_values"]) if "pixel_values" in one else 0
+        told.append((n, len(model.prompt_parts(one).get("image", ()))))
+    if told[0] != told[1] or not told[1][0]:
+        raise ValueError(
+            f"resample={number} has {told[0][0]} images of {told[0][1]} tokens, the input "
+            f"{told[1][0]} of {told[1][1]}; give as many images of one shape"
+        )
+    return {**given, **{key: other[key] for key in PER_IMAGE if key in other}}
 
 
-def _keeper(seen: dict[str, Tensor]) -> Any:
-    """A hook that keeps what the last position is made of."""
+def _slope(metric: Metric, logits: Tensor) -> Tensor | None:
+    """What a metric multiplies the last position's logits by, [d_out]; None if it is no such sum.
 
-    @reads_only
-    def keep(value: Tensor, hook: HookPoint) -> None:
-        whole = str(hook.name).endswith("hook_v")
-        axis = hook.pos_dim or 1
-        found = value if whole else value.narrow(axis, value.shape[axis] - 1, 1).select(axis, 0)
-        seen[str(hook.name)] = found[0].double()
-
-    return keep
-
-
-def _kept(model: HookedVLM, stack: str) -> list[str]:
-    layers = range(model.stacks[stack].cfg.n_layers)
-    leaves = ("attn.hook_pattern", "attn.hook_v", "hook_mlp_out")
-    names = [f"{stack}.blocks.{layer}.{leaf}" for layer in layers for leaf in leaves]
-    return [*names, f"{stack}.blocks.0.hook_resid_pre", f"{stack}.ln_final.hook_scale"]
+    A sum has one gradient everywhere, and is its product with the logits.
+    """
+    drawn = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+    slopes = []
+    for given in (logits, drawn, -drawn):
+        with torch.inference_mode(False), torch.enable_grad():
+            at = given.detach().clone().requires_grad_()
+            value = metric(at).sum()
+            if not value.requires_grad:
+                return None
+            (slope,) = torch.autograd.grad(value, at, allow_unused=True, materialize_grads=True)
+        terms = (slope * at.detach()).double()
+        near = 100 * torch.finfo(logits.dtype).eps
+        if abs(value.item() - terms.sum()) > near * terms.abs().sum():
+            return None
+        slopes.append(slope)
+    same = all(torch.allclose(slope, slopes[0], rtol=near, atol=0) for slope in slopes)
+    return slopes[0][0, -1] if same and not slopes[0][:, :-1].any() else None
 
 
 @torch.no_grad()
 def _direct(
-    model: HookedVLM,
-    stack: str,
-    metric: Metric,
-    seen: dict[str, Tensor],
-    sources: Mapping[str, tuple[int, ...]],
+    model: HookedVLM, base: Base, slope: Tensor, sources: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """What adds up to the difference of two logits."""
+    """What adds up to a weighted sum of the last position's logits."""
+    stack = list(model.stacks)[-1]
     module: Any = model.stacks[stack]
-    norm, weights = module.ln_final, model.W_U.double()
-    answer: Any = metric.answer
-    foil: Any = metric.foil
-    toward = weights[:, answer] - weights[:, foil]
+    seen = _last(model, base, stack)
+    tokens = slope.nonzero().flatten()
+    weights, norm = slope[tokens].double(), module.ln_final
+    toward = weights @ model.tokens_to_residual_directions(tokens).double()
     along = norm.weight.double() * toward
     if isinstance(norm, LayerNorm):
         along = along - along.mean()  # the norm takes the mean out
     along = along / seen[f"{stack}.ln_final.hook_scale"]
-    bias = (model.b_U[answer] - model.b_U[foil]).double()
+    bias = float(model.b_U[tokens].double() @ weights)
     if isinstance(norm, LayerNorm):
-        bias = bias + norm.bias.double() @ toward
+        bias += float(norm.bias.double() @ toward)
     heads, mlps = [], []
     for layer, block in enumerate(module.block_list):
-        name = f"{stack}.blocks.{layer}"
-        out = block.attn.W_O.double() @ along.to(block.attn.W_O.device)  # [head, d_head]
-        values = seen[f"{name}.attn.hook_v"].repeat_interleave(block.attn.group, 1)
+        name, attn = f"{stack}.blocks.{layer}", block.attn
+        here = along.to(attn.b_O.device)
+        out = attn.W_O.double() @ here  # [head, d_head]
+        values = base.stacks[stack].own[layer][1][0].double().repeat_interleave(attn.group, 1)
         given = torch.einsum("shd,hd->hs", values, out) * seen[f"{name}.attn.hook_pattern"]
-        heads.append([[float(row[list(at)].sum()) for at in sources.values()] for row in given])
-        mlps.append(float(seen[f"{name}.hook_mlp_out"] @ along))
-        bias = bias + block.attn.b_O.double() @ along
-    embed = float(seen[f"{stack}.blocks.0.hook_resid_pre"] @ along)
-    by_source = np.array(heads).sum((0, 1)).tolist()
-    return {
-        "heads": heads,
-        "mlps": mlps,
-        "direct": [*by_source, sum(mlps), embed, float(bias)],
-    }
+        heads.append(np.stack([given[:, list(at)].sum(1).cpu() for at in sources.values()], 1))
+        mlps.append(float(seen[f"{name}.hook_mlp_out"] @ here))
+        bias += float(attn.b_O.double() @ here)
+    stream = seen[f"{stack}.blocks.0.hook_resid_pre"]
+    embed = float(stream @ along.to(stream.device))
+    by_source = np.sum(heads, (0, 1)).tolist()
+    return {"heads": heads, "mlps": mlps, "direct": [*by_source, sum(mlps), embed, bias]}
+
+
+def _last(model: HookedVLM, base: Base, stack: str) -> dict[str, Tensor]:
+    """What the last position's stream is made of, by a pass of that position alone."""
+    layers = range(model.stacks[stack].cfg.n_layers)
+    leaves = ("attn.hook_pattern", "hook_mlp_out")
+    names = [f"{stack}.blocks.{layer}.{leaf}" for layer in layers for leaf in leaves]
+    names += [f"{stack}.blocks.0.hook_resid_pre", f"{stack}.ln_final.hook_scale"]
+    seen: dict[str, Tensor] = {}
+
+    @reads_only
+    def keep(value: Tensor, hook: HookPoint) -> None:
+        axis = hook.pos_dim or 1
+        seen[str(hook.name)] = value[0].select(axis - 1, value.shape[axis] - 1).double()
+
+    sites = [Site.parse(name, -1) for name in names]
+    model.resume(base, sites, fwd_hooks=[(name, keep) for name in names])
+    return seen
 
 
 def _knockouts(
@@ -354,17 +440,18 @@ def _sources(
         ValueError: sources that overlap.
     """
     stack = list(model.stacks)[-1]
-    real = locator._real(stack)
+    stream = f"{stack}.blocks.0.hook_resid_pre"
+    real, length = locator.real(stream), locator.count(stream)
     given: Places = model.prompt_parts(inputs) if sources is None else sources
     found: dict[str, tuple[int, ...]] = {}
     for name, places in given.items():
-        several = list(places) if isinstance(places, list) else [places] if places != () else []
+        several = list(places) if isinstance(places, list | tuple) else [places]
         at = {
             position
             for place in several
-            for position in locator.find(as_place(place), stack, len(locator._door(stack)), name)
+            for position in locator.find(as_place(place), stack, length, f"source {name}")
         }
-        found[name] = tuple(sorted(at & set(real)))
+        found[name] = tuple(sorted(at))
     counted = [position for at in found.values() for position in at]
     if len(counted) > len(set(counted)):
         twice = next(one for one in counted if counted.count(one) > 1)
