@@ -440,6 +440,15 @@ def test_an_interrupted_answer_of_several_tokens_is_not_counted():
     assert np.isnan([part.data[1].item(), part.clean[1].item(), part.corrupt[1].item()]).all()
 
 
+def test_answers_are_not_read_at_padding():
+    member = LLAVA[0]
+    model, rows = built(member), member.inputs(2, padded=False, dtype=torch.float64)
+    rows = rows | {"attention_mask": torch.ones_like(rows["input_ids"])}
+    rows["attention_mask"][1, -1] = 0
+    with pytest.raises(ValueError, match="input '1' is padded on the right, and logit_diff reads"):
+        P.ablate(model, rows, "text.blocks.0.hook_mlp_out", P.zero(), P.logit_diff(3, 5), **QUIET)
+
+
 def test_sites_that_the_pass_does_not_visit():
     """Of the image encoder, by texts without an image."""
     model = toy("toy-llava")

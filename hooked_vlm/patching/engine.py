@@ -126,6 +126,13 @@ class Sweep:
                         f"the pass of these inputs does not visit {name!r}; leave it out, or give "
                         "inputs that need it"
                     )
+            mask = model.mask_of(inputs, list(model.stacks)[-1])
+            padded = mask is not None and not mask[:, -1].all()
+            if padded and base.logits.dim() == 3 and not metric.whole:
+                raise ValueError(
+                    f"input {run.name!r} is padded on the right, and {metric.name} reads the last "
+                    "position; prepare it by itself, or pad on the left"
+                )
             if "reference" in metric.needs and metric.reference is None:
                 clean = base.logits[0] if base.logits.dim() < 3 else base.logits[0, -1]
                 metric = replace(metric, reference=clean)
