@@ -356,19 +356,27 @@ class HookedVLM(ResumableModel):
         """Writes the activations of a data set to a folder, one file of safetensors per batch.
 
         Called again with the same arguments, it goes on where it was stopped: batches that are
-        there are not run again. Standing hooks take part, and are not told apart.
+        there are not run again. More batches behind the same ones make it longer. Passes end at
+        the last point that is wanted. One process at a time writes to a folder.
+
+        Standing hooks take part. The points at which they may write are recorded, and must be the
+        same when it goes on; what they write is not compared.
 
         Args:
             inputs: batches, from `prepare`.
             names: as in `run_with_cache`.
             out: an empty folder, or one that was begun.
-            dtype: of what is written; by default as it is.
+            dtype: `torch.float64`, `float32`, `bfloat16` or `float16`, of what is written; by
+                default as it is.
             progress: whether to show a bar.
 
         Raises:
             KeyError: a name that nothing matches, or that the pass does not reach.
-            ValueError: a folder of another model, other weights, names or inputs, or of other
-                files. Nothing of it is changed.
+            NotADirectoryError: the folder is a file.
+            ValueError: a folder of another model, other weights, names, dtype, standing hooks or
+                inputs, or of other files, of which nothing is changed; no batches, or fewer than
+                the folder holds; activations that the dtype cannot hold.
+            OSError: a file in the folder that is cut short.
         """
         return cache_dataset(self, inputs, names, out, dtype, progress)
 

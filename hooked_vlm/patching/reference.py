@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.models.base import HookedVLM
-from hooked_vlm.models.dataset import ActivationDataset
+from hooked_vlm.models.dataset import ActivationDataset, RunningMean
 from hooked_vlm.patching.interventions import At, Intervention
 from hooked_vlm.patching.metrics import Metric
 from hooked_vlm.patching.places import Locator
@@ -26,8 +26,8 @@ def mean(reference: Reference, *, per_position: bool = False) -> Intervention:
     Args:
         reference: prepared inputs, every row of which counts, or pairs, whose two runs both do; or
             a folder of `HookedVLM.cache_dataset`, which is read and not run.
-        per_position: the mean at each position, counted from the left, in place of that over all
-            positions. Padding is left out of both.
+        per_position: the mean at each position, counted from the first that is no padding, in
+            place of that over all positions. Padding is left out of both.
 
     Raises:
         ValueError: when it is used: patterns, whose keys differ from input to input; a run with
@@ -45,12 +45,15 @@ def mean(reference: Reference, *, per_position: bool = False) -> Intervention:
         def of(value: Tensor, at: At) -> Tensor:
             found, axis = means[at.name], at.point.pos_dim
             if per_position and axis is not None and len(at.shape) > 2:
-                if found.shape[axis] < at.shape[axis]:
+                real = at.locator.real(at.name)
+                first, n = real[0], real[-1] + 1 - real[0]
+                if found.shape[axis] < n:
                     raise ValueError(
                         f"the mean of {at.name!r} is of {found.shape[axis]} positions, the run has "
-                        f"{at.shape[axis]}: give inputs as long, or per_position=False"
+                        f"{n}: give inputs as long, or per_position=False"
                     )
-                found = found.narrow(axis, 0, at.shape[axis])
+                along = torch.arange(at.shape[axis], device=found.device) - first
+                found = found.index_select(axis, along.clamp(0, n - 1))
             return at.pick(found.expand(at.shape)).to(value)
 
         return Intervention(name, of)
@@ -119,21 +122,16 @@ def _means(
     model: HookedVLM, reference: Reference, modules: list[str], per_position: bool
 ) -> Mapping[str, Tensor]:
     """Means of modules, [1, ...], with an axis of positions that is 1 if it is over them."""
-    sums: dict[str, Any] = {}
-    counts: dict[str, Any] = {}
+    found: dict[str, RunningMean] = {}
     for name, value, mask in _values(model, reference, modules):
-        wide, axis = value.double(), model.hook_dict[name].pos_dim
-        count = wide.new_full((1,), len(wide))
-        if axis is not None and wide.dim() > 2:
-            along = [len(wide) if at == 0 else -1 if at == axis else 1 for at in range(wide.dim())]
-            seen = torch.ones(len(wide), wide.shape[axis]) if mask is None else mask
-            weights = seen.to(wide).reshape(along)
-            wide, count = wide * weights, weights.sum(0, keepdim=True)
-            if not per_position:
-                wide, count = (one.sum(axis, keepdim=True) for one in (wide, count))
-        sums[name] = _added(sums.get(name), wide.sum(0, keepdim=True), axis)
-        counts[name] = _added(counts.get(name), count, axis)
-    return {name: sums[name] / counts[name].clamp(min=1) for name in modules}
+        if name not in found:
+            positions = model.hook_dict[name].pos_dim is not None and value.dim() > 2
+            found[name] = RunningMean(name, not per_position, positions)
+        found[name].add(value, mask)
+    return {
+        name: mean.value[None, None] if mean.positions and not per_position else mean.value[None]
+        for name, mean in found.items()
+    }
 
 
 def _values(
@@ -157,16 +155,7 @@ def _values(
         for name, value, real in _rows(model, run, modules, run.n_rows):
             mask = None
             if real is not None:
-                mask = torch.zeros(len(value), value.shape[model.hook_dict[name].pos_dim or 1])
-                mask[:, real] = 1
+                axis = model.hook_dict[name].pos_dim or 1
+                mask = torch.zeros(len(value), value.shape[axis], dtype=torch.bool)
+                mask[:, real] = True
             yield name, value, mask
-
-
-def _added(before: Tensor | None, more: Tensor, axis: int | None) -> Tensor:
-    """A sum, as long as the longer of the two."""
-    if before is None or axis is None or before.dim() <= axis:
-        return more if before is None else before + more
-    short, long = sorted((before, more), key=lambda one: one.shape[axis])
-    total = long.clone()
-    total.narrow(axis, 0, short.shape[axis]).add_(short)
-    return total
