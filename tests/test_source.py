@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from whole_zoo import FUSED
 from zoo import BLIP
-from zoo_llava import LLAVA
+from zoo_llava import LLAVA, LlavaMember
 
 from hooked_vlm import HookedBLIP, HookedCLIP, HookedLlava
 from hooked_vlm import patching as P
@@ -434,6 +434,84 @@ def test_parts_that_cancel_have_no_shares():
     metric = xr.DataArray([1e-9, 4.0], dims="pair")
     found = P.SourceResult(metric, one, None, None, one, None, {}).share
     assert np.isnan(found[0]).all() and found[1].values.tolist() == [0.75, 0.25]
+
+
+def halved(model, name, inputs):
+    """The metric, and the result, while half of an activation is written in its place."""
+    hook = (name, lambda value, hook: value / 2)
+    with model.hooks(fwd_hooks=[hook]):
+        found = P.source_attribution(model, inputs, METRIC, sources={"i": "image"}, **QUIET)
+    logits = model.run_with_hooks(**inputs, fwd_hooks=[hook])[0, -1]
+    return (logits[3] - logits[5]).item(), found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text.blocks.0.attn.hook_z",
+        "text.blocks.0.attn.heads.1.hook_z",
+        "text.blocks.1.attn.hook_result",
+        "text.blocks.0.hook_attn_out",
+        "text.blocks.0.hook_resid_mid",
+        "text.blocks.1.hook_resid_post",
+        "text.ln_final.hook_normalized",
+        "hook_logits",
+    ],
+)
+def test_hooks_that_break_the_sum(name):
+    """What they write is none of the parts, so that no sum of these is the metric."""
+    model, inputs = pair(LLAVA[0])[1], LLAVA[0].inputs(1, padded=False)
+    metric, found = halved(model, name, inputs)
+    assert found.metric.item() == pytest.approx(metric, abs=1e-10)
+    assert found.direct is None and found.heads is None and found.mlps is None
+    told = found.provenance
+    assert f"its logit_diff is {metric:.6g}" in told["direct"] and told["gap"] is None
+    assert "model.reset_hooks() ends them" in told["direct"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision.blocks.0.hook_resid_post",
+        "hook_image_embeds",
+        "text.hook_embed",
+        "text.blocks.1.attn.hook_pattern",
+        "text.blocks.0.attn.hook_v",
+        "text.blocks.1.attn.heads.0.hook_q",
+        "text.blocks.0.hook_mlp_out",
+        "text.blocks.1.hook_mlp_in",
+    ],
+)
+def test_hooks_that_leave_a_sum(name):
+    """What they write is a part, or comes before the parts."""
+    model, inputs = pair(LLAVA[0])[1], LLAVA[0].inputs(1, padded=False)
+    metric, found = halved(model, name, inputs)
+    plain = P.source_attribution(model, inputs, METRIC, sources={"i": "image"}, **QUIET)
+    assert found.direct.sum().item() == pytest.approx(metric, abs=1e-10)
+    assert found.provenance["direct"] == "exact" and found.provenance["gap"] < 1e-10
+    assert abs(metric - plain.metric.item()) > 1e-6
+
+
+def test_parts_that_cancel_are_not_refused():
+    """A stream of large parts rounds by more than its end lets one expect."""
+    member = LlavaMember(text=(64, 48, 4, 4, 16), vocab=500)
+    model, inputs = member.model(), member.inputs(1, padded=False)
+    for block in model.text.block_list:
+        block.mlp.fc_out.weight.mul_(10)
+    found = P.source_attribution(model, inputs, METRIC, **QUIET)
+    logits = model(**inputs)[0, -1]
+    assert found.direct.sum().item() == pytest.approx((logits[3] - logits[5]).item(), abs=1e-10)
+    assert abs(found.direct).max() > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gap_is_the_rounding(dtype):
+    model = HookedLlava.from_pretrained("toy-llava", dtype=dtype)
+    pairs = shapes_pairs(4, 0, "llava", attribute="color")
+    found = P.source_attribution(model, pairs, **QUIET)
+    gaps = abs(found.direct.sum("source") - found.metric).values
+    assert found.provenance["gap"] == pytest.approx(gaps.max(), abs=1e-9)
+    assert 0 < gaps.max() < 8 * torch.finfo(dtype).eps * abs(found.metric).max()
 
 
 def test_sources_that_cannot_be():

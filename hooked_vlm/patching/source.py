@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -45,7 +46,8 @@ class SourceResult:
         metric: by `pair`.
         direct: by `pair` and `source`, what adds up to the metric: by attention of the last
             position to a source, by MLPs, the last token's own embedding, and biases; None where
-            `provenance["direct"]` says why.
+            `provenance["direct"]` says why. `provenance["gap"]` is the largest distance of such a
+            sum from the metric: rounding of the model's dtype.
         heads: the first of these by `pair`, `layer`, `head` and `source`; None as `direct`.
         mlps: what each MLP gives, by `pair` and `layer`; None as `direct`.
         knockout: by `pair`, `source` and `queries`, what the metric loses when these do not attend
@@ -176,6 +178,8 @@ def source_attribution(
     queries = [*next(iter(found[0]["knockout"].values()))]
     for one in found:
         one["knockout"] = [list(row.values()) for row in one["knockout"].values()]
+    if why is None and any(point.has_writers for point in model.hook_points()):
+        why = _disturbed(found, pairs["pair"], chosen)
     direct = heads = mlps = None
     if why is None:
         n_layers, n_heads = np.array(found[0]["heads"]).shape[:2]
@@ -191,6 +195,7 @@ def source_attribution(
         "metric": chosen.name,
         "first_token": first,
         "direct": why or "exact",
+        "gap": None if direct is None else max(map(_gap, found)),
         "resample": "others" if isinstance(resample, str) else len(resample or ()),
         "weights": model.weights_hash(),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -215,6 +220,33 @@ def _indirect(model: HookedVLM) -> str | None:
     if not isinstance(model._modules.get("unembed"), nn.Linear):
         return f"no linear map makes the logits of the stream of {last!r}"
     return None
+
+
+def _disturbed(found: list[dict[str, Any]], names: Sequence[str], metric: Metric) -> str | None:
+    """Why, with hooks that write, parts do not add up to the metric; None if they do."""
+    for one, name in zip(found, names, strict=True):
+        if not _gap(one) <= one["rounding"]:  # NaN adds up to nothing
+            return (
+                f"the parts of input {name!r} add up to {sum(one['direct']):.6g}, its "
+                f"{metric.name} is {one['metric']:.6g}: standing hooks write what heads give, the "
+                "stream or the logits, which are none of the parts; model.reset_hooks() ends them"
+            )
+    return None
+
+
+def _gap(one: Mapping[str, Any]) -> float:
+    """The distance of an input's metric from the sum of its parts."""
+    return abs(float(sum(one["direct"]) - one["metric"]))
+
+
+def _rounding(model: HookedVLM, along: Float[Tensor, "token d_model"]) -> float:
+    """How far rounding in the model's dtype may take a sum of logits from that of its parts.
+
+    The step of a stream as long as the final norm makes it, along what makes each logit of it: far
+    more than steps of all layers, in directions drawn at random, come to.
+    """
+    length: float = along.norm(dim=1).sum().item() * along.shape[1] ** 0.5
+    return 4 * float(torch.finfo(model.dtype).eps) * length
 
 
 def _others(model: HookedVLM, runs: list[Run], resample: Resample) -> list[list[Inputs]] | None:
@@ -357,7 +389,8 @@ def _direct(
     seen = _last(model, base, stack)
     tokens = slope.nonzero().flatten()
     weights, norm = slope[tokens].double(), module.ln_final
-    toward = weights @ model.tokens_to_residual_directions(tokens).double()
+    each = weights[:, None] * model.tokens_to_residual_directions(tokens).double()
+    rounding, toward = _rounding(model, each * norm.weight), each.sum(0)
     along = norm.weight.double() * toward
     if isinstance(norm, LayerNorm):
         along = along - along.mean()  # the norm takes the mean out
@@ -378,7 +411,8 @@ def _direct(
     stream = seen[f"{stack}.blocks.0.hook_resid_pre"]
     embed = float(stream @ along.to(stream.device))
     by_source = np.sum(heads, (0, 1)).tolist()
-    return {"heads": heads, "mlps": mlps, "direct": [*by_source, sum(mlps), embed, bias]}
+    direct = [*by_source, sum(mlps), embed, bias]
+    return {"heads": heads, "mlps": mlps, "direct": direct, "rounding": rounding}
 
 
 def _last(model: HookedVLM, base: Base, stack: str) -> dict[str, Tensor]:
