@@ -500,3 +500,78 @@ def test_any_edit_of_a_large_weight_shows_in_its_hash(dtype):
         assert swapped[pair[0]] != swapped[pair[1]]
         swapped[pair] = swapped[pair.flip(0)]
         assert _checksum(swapped.view(weight.shape)) != before
+
+
+def own_rows(member, batch, value, name):
+    """Each row of an activation that texts or answers count, without its padding."""
+    key = {"text": "attention_mask", "decoder": "decoder_attention_mask"}.get(name.split(".")[0])
+    if member.task == "captioning" and key is not None:
+        key = "attention_mask"
+    if key is None:
+        return list(value)
+    return [row[mask.bool()] for row, mask in zip(value, batch[key], strict=True)]
+
+
+@pytest.mark.parametrize("images", [None, 1], ids=["own images", "shared image"])
+@pytest.mark.parametrize("member", ZOO, ids=str)
+def test_means_of_inputs_count_what_is_computed_once(member, images, tmp_path):
+    """Of batches of unequal size, from inputs and from a folder; CLIP's images share all texts."""
+    model = built(member)
+    data = [member.inputs(3, images=images), member.inputs(1, seed=1)]
+    stack = list(model.stacks)[-1]
+    names = [f"{stack}.blocks.0.hook_mlp_out"]
+    if "vision.blocks.0.hook_mlp_out" in model.hook_dict:
+        names.append("vision.blocks.0.hook_mlp_out")
+    model.cache_dataset(data, names, tmp_path, **QUIET)
+    one = member.inputs(1, padded=False, seed=2)
+
+    def metric(logits):
+        return logits.flatten(1).square().sum(1)
+
+    for name in names:
+        rows = []
+        for batch in data:
+            value = model.run_with_cache(**batch, names_filter=name)[1][name]
+            rows += own_rows(member, batch, value, name)
+        value = torch.cat(rows).mean(0)
+        hook = (name, lambda x, hook, value=value: value.expand_as(x).clone())
+        expected = metric(model.run_with_hooks(**one, fwd_hooks=[hook]))
+        for reference in (data, tmp_path):
+            result = P.ablate(model, one, name, P.mean(reference), metric, **QUIET)
+            np.testing.assert_allclose(result.data.values[:, 0], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_means_of_each_text_leave_out_its_own_padding(tmp_path):
+    """Texts of CLIP: of three lengths in one batch, which all images read."""
+    model, batch, name = built(CLIP_VIT), CLIP_VIT.inputs(3), "text.blocks.1.hook_mlp_out"
+    model.cache_dataset([batch], name, tmp_path, **QUIET)
+    value = model.run_with_cache(**batch, names_filter=name)[1][name]
+    lengths = [5, 4, 3]
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    means = [  # of the texts that have the position
+        sum(value[row, at] for row in range(3) if at < lengths[row]) / sum(at < n for n in lengths)
+        for at in range(5)
+    ]
+    one = CLIP_VIT.inputs(2, seed=3)
+    n = one["input_ids"].shape[1]
+    hook = (name, lambda x, hook: torch.stack(means)[:n].expand_as(x).clone())
+    expected = model.run_with_hooks(**one, fwd_hooks=[hook]).sum(1)
+    for reference in (batch, tmp_path):
+        replaced = P.mean(reference, per_position=True)
+        result = P.ablate(model, one, name, replaced, lambda logits: logits.sum(1), **QUIET)
+        np.testing.assert_allclose(result.data.values[:, 0], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_resampling_takes_no_folder(tmp_path):
+    model = built(ITM)
+    found = model.cache_dataset(batches(ITM, 1), "text.hook_embed", tmp_path, **QUIET)
+    for folder in (found, tmp_path, str(tmp_path)):
+        with pytest.raises(ValueError, match=r"not from a folder of cache_dataset.*P.mean reads"):
+            P.ablate(
+                model,
+                ITM.inputs(1, padded=False),
+                "text.hook_embed",
+                P.resample(folder),
+                lambda logits: logits[:, 1],
+                **QUIET,
+            )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hooked_vlm.data import Pair
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.dataset import ActivationDataset, RunningMean
 from hooked_vlm.patching.interventions import At, Intervention
@@ -24,8 +25,9 @@ def mean(reference: Reference, *, per_position: bool = False) -> Intervention:
     """The mean activation of other inputs.
 
     Args:
-        reference: prepared inputs, every row of which counts, or pairs, whose two runs both do; or
-            a folder of `HookedVLM.cache_dataset`, which is read and not run.
+        reference: prepared inputs, or pairs, whose two runs both count; or a folder of
+            `HookedVLM.cache_dataset`, which is read and not run. What is computed once counts
+            once: an image that texts of a batch share, a text that several images read.
         per_position: the mean at each position, counted from the first that is no padding, in
             place of that over all positions. Padding is left out of both.
 
@@ -62,7 +64,7 @@ def mean(reference: Reference, *, per_position: bool = False) -> Intervention:
     return Intervention(name, _unready, ready=ready)
 
 
-def resample(reference: Pairs | Inputs | Sequence[Inputs], seed: int = 0) -> Intervention:
+def resample(reference: Reference, seed: int = 0) -> Intervention:
     """The activation of another input, drawn for each pair, and the same one in all of its cells.
 
     Args:
@@ -70,16 +72,13 @@ def resample(reference: Pairs | Inputs | Sequence[Inputs], seed: int = 0) -> Int
         seed: of the draws, with replacement.
 
     Raises:
-        ValueError: when it is used: an input that is drawn is of another length.
+        ValueError: when it is used: an input that is drawn is of another length; a folder.
     """
 
     def ready(model: HookedVLM, modules: list[str], n_runs: int) -> Intervention:
         runs = _runs(model, reference)
         drawn = np.random.default_rng(seed).integers(len(runs), size=n_runs).tolist()
-        kept = {
-            number: {name: value for name, value, _ in _rows(model, runs[number], modules, 1)}
-            for number in sorted(set(drawn))
-        }
+        kept = {number: _first(model, runs[number], modules) for number in sorted(set(drawn))}
 
         def of(value: Tensor, at: At) -> Tensor:
             found = kept[drawn[at.pair]][at.name]
@@ -100,22 +99,20 @@ def _unready(value: Tensor, at: At) -> Tensor:
 
 
 def _runs(model: HookedVLM, reference: Any) -> list[Run]:
+    if isinstance(reference, ActivationDataset | str | Path):
+        raise ValueError(
+            "P.resample draws from inputs or pairs, not from a folder of cache_dataset, which does "
+            "not tell whose each row is; P.mean reads one"
+        )
     runs, _ = single(model, reference, Metric("none", lambda logits, _: logits), "cls")
     return runs
 
 
-def _rows(
-    model: HookedVLM, run: Run, modules: list[str], n_rows: int
-) -> Iterator[tuple[str, Tensor, Sequence[int] | None]]:
-    """What modules have in the first rows of a run, [rows, ...], and which positions are real."""
-    inputs = run.inputs()
-    base = model.base_run(**inputs, names_filter=modules)
-    for row in range(n_rows):
-        locator = Locator(model, base, inputs, row)
-        for name in modules:
-            at = base.rows(model.stack_of(name), torch.tensor([row], device=model.device))
-            value = base.cache[name][at]
-            yield name, value, locator.real(name) if locator.count(name) else None
+def _first(model: HookedVLM, run: Run, modules: list[str]) -> dict[str, Tensor]:
+    """What modules have in the first row of a run, [rows, ...]."""
+    base = model.base_run(**run.inputs(), names_filter=modules)
+    row = torch.tensor([0], device=model.device)
+    return {name: base.cache[name][base.rows(model.stack_of(name), row)] for name in modules}
 
 
 def _means(
@@ -151,11 +148,22 @@ def _values(
                     raise KeyError(f"{str(reference.folder)!r} holds no {name!r}: cache it, too")
                 yield name, activations[name].to(model.device), masks.get(name)
         return
-    for run in _runs(model, reference):
-        for name, value, real in _rows(model, run, modules, run.n_rows):
-            mask = None
-            if real is not None:
-                axis = model.hook_dict[name].pos_dim or 1
-                mask = torch.zeros(len(value), value.shape[axis], dtype=torch.bool)
-                mask[:, real] = True
-            yield name, value, mask
+    for inputs in _batches(model, reference):
+        base = model.base_run(**inputs, names_filter=modules)
+        locator = Locator(model, base, inputs)
+        for name in modules:
+            mask = model.mask_of(inputs, locator.stack(name))
+            if mask is not None and locator.count(name) == mask.shape[1]:
+                yield name, base.cache[name], mask.bool()
+            else:
+                yield name, base.cache[name], None
+
+
+def _batches(model: HookedVLM, reference: Any) -> Iterator[Inputs]:
+    """Prepared inputs as they are; of pairs the two rows of each."""
+    given: list[Any] = [reference] if isinstance(reference, Mapping | Pair) else list(reference)
+    if given and all(isinstance(one, Mapping) for one in given):
+        yield from given
+    else:
+        for run in _runs(model, given):
+            yield run.inputs()
