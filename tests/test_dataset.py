@@ -575,3 +575,22 @@ def test_resampling_takes_no_folder(tmp_path):
                 lambda logits: logits[:, 1],
                 **QUIET,
             )
+
+
+def test_means_of_folders_of_other_weights_are_refused(tmp_path):
+    model, name = built(ITM), "text.blocks.0.hook_mlp_out"
+    data, one = batches(ITM), ITM.inputs(1, padded=False)
+    model.cache_dataset(data, name, tmp_path / "whole", **QUIET)
+    other = ITM.pair()[1]
+    other.itm_head.bias.data.add_(1)
+    with pytest.raises(ValueError, match="was cached with other weights than this model's"):
+        P.ablate(other, one, name, P.mean(tmp_path / "whole"), lambda x: x[:, 0], **QUIET)
+
+    def broken():
+        yield data[0]
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        model.cache_dataset(broken(), name, tmp_path / "half", **QUIET)
+    with pytest.raises(ValueError, match="is not finished; call cache_dataset"):
+        P.ablate(model, one, name, P.mean(tmp_path / "half"), lambda x: x[:, 0], **QUIET)

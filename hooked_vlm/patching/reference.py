@@ -138,10 +138,21 @@ def _values(
 
     Raises:
         KeyError: a module that was not cached.
+        ValueError: a folder of other weights, or one that is not finished.
     """
     if isinstance(reference, str | Path):
         reference = ActivationDataset(reference)
     if isinstance(reference, ActivationDataset):
+        if reference.provenance["weights"] != model.weights_hash():
+            raise ValueError(
+                f"{str(reference.folder)!r} was cached with other weights than this model's; cache "
+                "the data set with this model"
+            )
+        if not reference.complete:
+            raise ValueError(
+                f"{str(reference.folder)!r} is not finished; call cache_dataset with the same "
+                "inputs again, and it goes on"
+            )
         for activations, masks in reference.shards():
             for name in modules:
                 if name not in activations:
