@@ -115,7 +115,15 @@ class ResumableModel(HookedModel):
             A base whose logits have a gradient, and whose cache holds tensors to differentiate by:
             each is what is computed from at its point, and there alone. And how the stacks that ran
             read one another, by name.
+
+        Raises:
+            ValueError: inside of `torch.inference_mode`.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "nothing has a gradient inside of torch.inference_mode(): leave it, or use "
+                "torch.no_grad()"
+            )
         entries: dict[str, Tensor] = {}
 
         def keep(tensor: Tensor, hook: HookPoint) -> None:  # that of a writer: no other reads it

@@ -135,7 +135,7 @@ class Sweep:
                 )
             if "reference" in metric.needs and metric.reference is None:
                 clean = base.logits[0] if base.logits.dim() < 3 else base.logits[0, -1]
-                metric = replace(metric, reference=clean)
+                metric = replace(metric, reference=clean.detach())
             locator = Locator(model, base, inputs, self.start, run.roles)
             yield Begun(base, locator, metric, weight, pair)
 
@@ -154,6 +154,7 @@ class Sweep:
         places = self._places(begun)
         made = []
         for index, one in enumerate(self.sites):
+            start = min(self.model.order_of(site.name) for site in parts(one))
             for number, place in enumerate(places):
                 try:
                     writes = tuple(self._write(begun.locator, s, place) for s in parts(one))
@@ -162,7 +163,6 @@ class Sweep:
                         raise
                     self.excluded[str(error)] += 1
                     continue
-                start = min(self.model.order_of(site.name) for site, _ in writes)
                 made.append(Cell((index, number), writes, start))
         return sorted(made, key=lambda cell: (cell.start, cell.first))
 
