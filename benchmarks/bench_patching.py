@@ -103,18 +103,29 @@ def case(name: str, runs: int, loop: int) -> None:
 
 
 def attributed(runs: int) -> None:
-    """All heads by their gradients."""
+    """All heads by their gradients: those that read the image, at once and by position, and all."""
     _, ours = blip_base()
-    for corrupted in ("text", "image"):
+    every = "*.blocks.*attn.heads.*.hook_z"
+    for name, corrupted, heads, positions in (
+        ("all heads", "text", HEADS, None),
+        ("all heads", "image", HEADS, None),
+        ("heads at every position", "text", HEADS, "each"),
+        ("all heads of both stacks", "image", every, None),
+    ):
         clean = given(14, 0, 0)
         corrupt = given(14, int(corrupted == "image"), int(corrupted == "text"))
 
-        def estimate(pair: tuple[Inputs, Inputs] = (clean, corrupt)) -> object:
-            return P.attribution_patching(ours, pair, HEADS, P.itm_margin(), progress=False)
+        def estimate(
+            pair: tuple[Inputs, Inputs] = (clean, corrupt),
+            heads: str = heads,
+            positions: Any = positions,
+        ) -> object:
+            margin = P.itm_margin()
+            return P.attribution_patching(ours, pair, heads, margin, positions, progress=False)
 
         seconds = in_turn(runs, forward=lambda: ours(**given(14, 0, 0)), estimate=estimate)
         print(
-            f"attribution of all heads, {corrupted} corrupt: "
+            f"attribution of {name}, {corrupted} corrupt: "
             f"{seconds['estimate'] / seconds['forward']:.2f} forward passes (at most 5)",
             flush=True,
         )
