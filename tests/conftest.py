@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker; subprocesses of 
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
+import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -23,3 +24,10 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("hooked-vlm")
+
+
+@pytest.fixture
+def no_grad():
+    """For references whose weights have gradients."""
+    with torch.no_grad():
+        yield

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from whole_zoo import FUSED
-from zoo import BLIP
+from zoo import BLIP, QUIET, built, total
 from zoo_albef import NLVR
 from zoo_clip import CLIP, CLIP_RESNET
 from zoo_llava import LLAVA
@@ -19,18 +19,7 @@ from hooked_vlm.data import shapes_pairs
 from hooked_vlm.models.names import Site
 from hooked_vlm.patching.cells import module_of
 
-QUIET = {"progress": False}
 ITM, CAPTIONING, _ = BLIP
-
-
-@functools.cache
-def built(member):
-    return member.model()
-
-
-def total(logits):
-    flat = logits.flatten(1)
-    return flat @ torch.arange(1, 1 + flat.shape[1]).to(flat) / flat.shape[1]
 
 
 def pair_of(member, shared=False):

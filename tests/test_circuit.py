@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from zoo import BLIP
+from zoo import BLIP, QUIET
 
 from hooked_vlm import HookedBLIP
 from hooked_vlm import patching as P
@@ -13,7 +13,6 @@ from hooked_vlm.data import Pair, shapes
 from hooked_vlm.models.names import Site
 from hooked_vlm.patching import circuit
 
-QUIET = {"progress": False}
 HEADS = "text.blocks.*.heads.*.hook_z"
 NODES = [HEADS, "text.blocks.*.hook_mlp_out"]
 

@@ -1,7 +1,6 @@
 """Activations of a data set: written once, gone on with, read without the model."""
 
 import dataclasses
-import functools
 import json
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 from whole_zoo import ZOO
-from zoo import BLIP, Recorder, error
+from zoo import BLIP, QUIET, Recorder, built, error
 from zoo_clip import CLIP_RESNET, CLIP_VIT
 from zoo_llava import LLAMA, MISTRAL
 
@@ -18,20 +17,10 @@ from hooked_vlm import patching as P
 from hooked_vlm.models.dataset import RunningMean
 from hooked_vlm.models.resumable import COLUMNS, _checksum
 
-QUIET = {"progress": False}
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 ITM, CAPTIONING, VQA = BLIP
 NAMES = ["text.blocks.*.hook_mlp_out", "text.blocks.0.cross_attn.heads.1.hook_z"]
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-@functools.cache
-def built(member):
-    return member.model()
 
 
 def batches(member, n=3, padded=True):
@@ -161,7 +150,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("hooked_vlm.models.dataset.save_file", full)
+    monkeypatch.setattr("hooked_vlm.models.caching.save_file", full)
     with pytest.raises(OSError, match="no space left"):
         model.cache_dataset(batches(ITM, 1), NAMES, tmp_path, **QUIET)
     assert [f.name for f in tmp_path.iterdir()] == ["index.json"]

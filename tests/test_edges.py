@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 from whole_zoo import ZOO
+from zoo import QUIET, built, total
 from zoo_clip import CLIP
 from zoo_llava import LLAVA
 
 from hooked_vlm import HookedBLIP, HookedLlava
 from hooked_vlm import patching as P
 from hooked_vlm.data import Pair, shapes
-from hooked_vlm.patching import edges
+from hooked_vlm.patching import edges, graph
 from hooked_vlm.patching.cells import module_of
 from hooked_vlm.patching.edges import edge_attribution
 
-QUIET = {"progress": False}
 RESNET = next(member for member in CLIP if member.stages)
 MEMBERS = [member for member in ZOO if member != RESNET]
 BY_NAME = {str(member): member for member in MEMBERS}
@@ -24,18 +24,6 @@ BY_NAME = {str(member): member for member in MEMBERS}
 KINDS = ("blip-itm", "blip-vqa", "albef-nlvr", "llava", "next")
 FIRST = [next(m for m in MEMBERS if str(m).startswith(kind)) for kind in KINDS]
 EACH = [m if m in FIRST else pytest.param(m, marks=pytest.mark.slow) for m in MEMBERS]
-
-
-@functools.cache
-def built(member):
-    return member.model()
-
-
-def mean_logit(logits):
-    """One number per row that depends on every logit, and not in line with any."""
-    flat = logits.flatten(1)
-    mean = flat @ torch.arange(1, 1 + flat.shape[1]).to(flat) / flat.shape[1]
-    return mean + mean.square() / 8
 
 
 def difference(ours, theirs):
@@ -113,7 +101,7 @@ def test_scores_are_products_of_finite_differences(member, direction, monkeypatc
     if direction == "noise":
         monkeypatch.setattr(edges, "ROOM", 1)  # one receiver at a time
     model, sides, inputs, other_inputs = runs(member, direction)
-    result = edge_attribution(model, tuple(sides), mean_logit, direction, **QUIET)
+    result = edge_attribution(model, tuple(sides), total, direction, **QUIET)
     scores = result.data[0].values
     own, other = cached(model, inputs), cached(model, other_inputs)
     senders, receivers = (result.data[side].values.tolist() for side in ("sender", "receiver"))
@@ -132,7 +120,7 @@ def test_scores_are_products_of_finite_differences(member, direction, monkeypatc
         moved = (ahead - behind) / (2 * step)
         step = 1e-4 / max(1.0, moved.abs().max().item())
         plus, minus = (
-            mean_logit(
+            total(
                 model.run_with_hooks(
                     **inputs, fwd_hooks=[(receiver, written(own[receiver] + sign * step * moved))]
                 )
@@ -148,7 +136,7 @@ def test_scores_are_products_of_finite_differences(member, direction, monkeypatc
 @pytest.mark.parametrize("member", EACH, ids=str)
 def test_there_is_an_edge_where_a_change_arrives(member):
     model, sides, inputs, _ = runs(member, "denoise")
-    result = edge_attribution(model, tuple(sides), mean_logit, **QUIET)
+    result = edge_attribution(model, tuple(sides), total, **QUIET)
     own = cached(model, inputs)
     senders, receivers = (result.data[side].values.tolist() for side in ("sender", "receiver"))
     generator = torch.Generator().manual_seed(0)
@@ -168,13 +156,13 @@ def test_edges_add_up_to_the_receiver_where_all_is_linear(member):
     pixels = clean["pixel_values"]
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(3))
     corrupt = clean | {"pixel_values": pixels + 1e-6 * noise.to(pixels)}
-    result = edge_attribution(model, (clean, corrupt), mean_logit, **QUIET)
+    result = edge_attribution(model, (clean, corrupt), total, **QUIET)
     sums = result.data[0].sum("sender").values
     own, other = alone(model, corrupt, clean)
     names = result.data["receiver"].values.tolist()
     _, there = model.run_with_cache(**other, names_filter=names)
     _, here = model.run_with_cache(
-        **own, names_filter=names, incl_bwd=True, metric=lambda x: mean_logit(x).sum()
+        **own, names_filter=names, incl_bwd=True, metric=lambda x: total(x).sum()
     )
     expected = [((there[n] - here[n]) * here[f"{n}_grad"]).sum().item() for n in names]
     assert difference(sums, expected) < 1e-4
@@ -188,7 +176,7 @@ def test_edges_add_up_exactly_where_the_path_is_the_stream(member):
     if model.task == "llava":  # no image differs: the projector is not linear
         sides[1] = sides[1] | {"pixel_values": sides[0]["pixel_values"]}
         other_inputs, own_inputs = sides
-    result = edge_attribution(model, tuple(sides), mean_logit, **QUIET)
+    result = edge_attribution(model, tuple(sides), total, **QUIET)
     streams = [name for name, stack in model.stacks.items() if stack.pre_norm]
     names = [
         name
@@ -197,7 +185,7 @@ def test_edges_add_up_exactly_where_the_path_is_the_stream(member):
     ]
     _, there = model.run_with_cache(**other_inputs, names_filter=names)
     _, here = model.run_with_cache(
-        **own_inputs, names_filter=names, incl_bwd=True, metric=lambda x: mean_logit(x).sum()
+        **own_inputs, names_filter=names, incl_bwd=True, metric=lambda x: total(x).sum()
     )
     expected = [((there[n] - here[n]) * here[f"{n}_grad"]).sum().item() for n in names]
     sums = result.data[0].sel(receiver=names).sum("sender").values
@@ -214,13 +202,13 @@ def test_scores_are_path_patching_where_runs_hardly_differ(member):
     receivers = [f"{last}.blocks.1.attn.heads.1.hook_k", f"{last}.blocks.1.hook_mlp_in"]
     if model.task == "vqa":
         receivers.append(f"{last}.blocks.0.cross_attn.heads.1.hook_v")
-    scores = edge_attribution(model, (clean, corrupt), mean_logit, **QUIET).data[0]
+    scores = edge_attribution(model, (clean, corrupt), total, **QUIET).data[0]
     found, expected = [], []
     for receiver in receivers:
         there = scores.sel(receiver=receiver).dropna("sender")["sender"].values.tolist()
         senders = [name for name in there if not name.endswith("resid_pre")]
         patched = [name.replace("hook_result", "hook_z") for name in senders]
-        exact = P.path_patching(model, (clean, corrupt), patched, receiver, mean_logit, **QUIET)
+        exact = P.path_patching(model, (clean, corrupt), patched, receiver, total, **QUIET)
         assert [site.name for site in exact.sites] == patched
         expected += exact.difference.values.flatten().tolist()
         found += scores.sel(receiver=receiver, sender=senders).values.tolist()
@@ -332,7 +320,7 @@ def test_some_senders_and_receivers():
 def test_an_interrupted_run_gives_the_pairs_that_are_done(monkeypatch):
     pairs = [question(name, answer="red", foil="blue") for name in "ab"]
     expected = edge_attribution(toy("vqa"), pairs[0], **QUIET)
-    walks, walk = [], edges._Graph.scores
+    walks, walk = [], graph.Graph.scores
 
     def interrupted(*args):
         walks.append(args)
@@ -340,7 +328,7 @@ def test_an_interrupted_run_gives_the_pairs_that_are_done(monkeypatch):
             raise KeyboardInterrupt
         return walk(*args)
 
-    monkeypatch.setattr(edges._Graph, "scores", interrupted)
+    monkeypatch.setattr(graph.Graph, "scores", interrupted)
     result = edge_attribution(toy("vqa"), pairs, **QUIET)
     assert not result.provenance["complete"]
     assert result.data[1].isnull().all() and np.isnan(result.clean.values[1])
@@ -401,10 +389,6 @@ def test_gradients_are_averaged_over_runs_between():
     corrupt = corrupt | {"input_ids": clean["input_ids"]}  # another image alone
     sender, receiver = "text.blocks.0.hook_mlp_out", "text.blocks.1.hook_mlp_in"
     embed = "vision.hook_embed"
-
-    def total(logits):
-        flat = logits.flatten(1)
-        return flat @ torch.arange(1, 1 + flat.shape[1]).to(flat) / flat.shape[1]
 
     ends = [model.run_with_cache(**x, names_filter=[embed, sender])[1] for x in (corrupt, clean)]
     gradients = []

@@ -7,24 +7,13 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from whole_zoo import ZOO
+from zoo import QUIET, built, total
 
 from hooked_vlm import patching as P
 from hooked_vlm.models.names import Site
 from hooked_vlm.patching.cells import module_of
 
 EXACT = 1e-10
-QUIET = {"progress": False}
-
-
-@functools.cache
-def built(member):
-    return member.model()
-
-
-def total(logits):
-    """One number per row that depends on every logit."""
-    flat = logits.flatten(1)
-    return flat @ torch.arange(1, 1 + flat.shape[1]).to(flat) / flat.shape[1]
 
 
 @functools.cache

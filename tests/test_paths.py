@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from whole_zoo import FUSED
-from zoo import BLIP
+from zoo import BLIP, QUIET, built, total
 from zoo_llava import LLAVA
 
 from hooked_vlm import HookedBLIP
@@ -15,18 +15,7 @@ from hooked_vlm.data import shapes_pairs
 from hooked_vlm.models.names import Site
 from hooked_vlm.patching.cells import module_of
 
-QUIET = {"progress": False}
 ITM, _, VQA = BLIP
-
-
-@functools.cache
-def built(member):
-    return member.model()
-
-
-def total(logits):
-    flat = logits.flatten(1)
-    return flat @ torch.arange(1, 1 + flat.shape[1]).to(flat) / flat.shape[1]
 
 
 def pair_of(member):

@@ -8,23 +8,18 @@ import pytest
 import torch
 import xarray as xr
 from whole_zoo import FUSED
-from zoo import BLIP
+from zoo import BLIP, QUIET
 from zoo_llava import LLAVA
 
 from hooked_vlm import HookedBLIP, HookedCLIP, HookedLlava
 from hooked_vlm import patching as P
 from hooked_vlm.components.norm import LayerNorm
 from hooked_vlm.data import shapes_pairs
-from hooked_vlm.patching import source
+from hooked_vlm.patching import exact
 
-QUIET = {"progress": False}
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 METRIC = P.logit_diff(3, 5)
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 @functools.cache
@@ -495,7 +490,7 @@ def test_hooks_that_leave_a_sum(name):
 
 def test_rounding_alone_refuses_nothing(monkeypatch):
     """Parts that cancel round by more than can be told beforehand; without hooks they stay."""
-    monkeypatch.setattr(source, "_rounding", lambda *_: 0.0)
+    monkeypatch.setattr(exact, "_rounding", lambda *_: 0.0)
     model = toy()  # in float32, so that sums are not exact
     given = shapes_pairs(4, 0, "llava", attribute="color")
     found = P.source_attribution(model, given, **QUIET)

@@ -1,29 +1,16 @@
 """Sweeps over every architecture equal a loop of full passes, one patch each."""
 
-import functools
-
 import pytest
 import torch
 from whole_zoo import FUSED, ZOO
-from zoo import error
+from zoo import built, error, total
 from zoo_clip import CLIP
 from zoo_llava import LLAVA
 
 from hooked_vlm import patching as P
 
 
-@functools.cache
-def built(member):
-    return member.model()
-
-
-def mean_logit(logits):
-    """One number per row that depends on every logit."""
-    flat = logits.flatten(1)
-    return flat @ torch.arange(1, 1 + flat.shape[1]).to(flat) / flat.shape[1]
-
-
-def loop(member, clean, corrupt, site, metric=mean_logit):
+def loop(member, clean, corrupt, site, metric=total):
     """The metric of a full pass on the corrupt inputs with the clean activation written in."""
     model = built(member)
     _, cache = model.run_with_cache(**clean, names_filter=site.name)
@@ -53,13 +40,13 @@ def test_heads_and_streams(member, direction):
         "*.hook_embed",
     ]
     result = P.activation_patching(
-        model, (clean, corrupt), names, mean_logit, direction=direction, progress=False
+        model, (clean, corrupt), names, total, direction=direction, progress=False
     )
     given = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
     expected = torch.cat([loop(member, *given, site) for site in result.sites])
     assert error(torch.from_numpy(result.data.values.flatten()), expected) < 1e-10
     ends = torch.tensor([result.clean.item(), result.corrupt.item()], dtype=torch.float64)
-    assert error(ends, torch.cat([mean_logit(model(**x)) for x in (clean, corrupt)])) < 1e-12
+    assert error(ends, torch.cat([total(model(**x)) for x in (clean, corrupt)])) < 1e-12
     assert (expected - ends[1 if direction == "denoise" else 0]).abs().min() > 1e-9
 
 
@@ -70,7 +57,7 @@ def test_images_of_a_clip(member):
     clean, corrupt = (member.inputs(1, padded=False, seed=seed) for seed in (0, 1))
     both = {name: torch.cat([clean[name], corrupt[name]]) for name in clean}
     names = ["vision.*heads.*.hook_z", "vision.blocks.0.hook_resid_post", "vision.hook_embed"]
-    result = P.activation_patching(model, (clean, corrupt), names, mean_logit, progress=False)
+    result = P.activation_patching(model, (clean, corrupt), names, total, progress=False)
     images = [{**both, "pixel_values": x["pixel_values"]} for x in (clean, corrupt)]
     expected = torch.cat([loop(member, *images, site) for site in result.sites])
     assert len(result.sites) == len({site.name for site in result.sites}) > 3
@@ -80,7 +67,7 @@ def test_images_of_a_clip(member):
     assert {site.head for site in heads} == set(range(member.vision[1 if member.stages else 2]))
     other = {**corrupt, "pixel_values": clean["pixel_values"]}
     with pytest.raises(ValueError, match="it needs a corrupt image"):
-        P.activation_patching(model, (clean, other), names, mean_logit, progress=False)
+        P.activation_patching(model, (clean, other), names, total, progress=False)
 
 
 @pytest.mark.parametrize("member", LLAVA, ids=str)
@@ -94,13 +81,13 @@ def test_a_language_model_that_reads_images(member):
         "hook_image_embeds",
         "text.hook_embed",
     ]
-    result = P.activation_patching(model, (clean, corrupt), names, mean_logit, progress=False)
+    result = P.activation_patching(model, (clean, corrupt), names, total, progress=False)
     expected = torch.cat([loop(member, clean, corrupt, site) for site in result.sites])
     assert error(torch.from_numpy(result.data.values.flatten()), expected) < 1e-10
     assert (expected - result.corrupt.item()).abs().min() > 1e-9
 
 
-@pytest.mark.parametrize("metric", [P.logit_diff(3, 4), mean_logit], ids=["last", "all"])
+@pytest.mark.parametrize("metric", [P.logit_diff(3, 4), total], ids=["last", "all"])
 @pytest.mark.parametrize("member", LLAVA, ids=str)
 def test_positions_of_a_language_model(member, metric):
     """Each resumes at its own position; a metric of the last logits alone asks for no others."""
@@ -136,13 +123,13 @@ def test_texts_with_two_images(member):
     word = clean | {"input_ids": other["input_ids"]}
     for corrupt in (other, word):
         sites = model.sites(["text.blocks.0.attn.heads.1.hook_z", "text.hook_embed"])
-        result = P.activation_patching(model, (clean, corrupt), sites, mean_logit, progress=False)
+        result = P.activation_patching(model, (clean, corrupt), sites, total, progress=False)
         expected = torch.cat([loop(member, clean, corrupt, site) for site in result.sites])
         assert error(torch.from_numpy(result.data.values.flatten()), expected) < 1e-10
         assert (expected - result.corrupt.item()).abs().min() > 1e-9
     one = member.inputs(1, padded=False)
     with pytest.raises(ValueError, match="positions do not align"):
-        P.activation_patching(model, (clean, one), sites, mean_logit, progress=False)
+        P.activation_patching(model, (clean, one), sites, total, progress=False)
 
 
 def test_the_zoo_is_whole():

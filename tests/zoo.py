@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from hooked_vlm import HookedBLIP, HookedVLM
 
+QUIET = {"progress": False}  # of a sweep
+
 # A tensor of a reference module: its dotted name, whether its input or its output, and what of it.
 Reference = tuple[str, str, Callable[[Tensor], Tensor]]
 
@@ -300,6 +302,18 @@ class Recorder:
         gradient = self.found[module, what].grad
         assert gradient is not None, f"no gradient at {module}"
         return of(gradient)
+
+
+@functools.cache
+def built(member: Any) -> HookedVLM:
+    """A member's model, made once; tests leave its weights as they are."""
+    return member.model()
+
+
+def total(logits: Tensor) -> Tensor:
+    """One number per row that depends on every logit."""
+    flat = logits.flatten(1)
+    return flat @ torch.arange(1, 1 + flat.shape[1]).to(flat) / flat.shape[1]
 
 
 def error(ours: Tensor, theirs: Tensor, floor: float = 1.0) -> float:

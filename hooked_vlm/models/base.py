@@ -18,7 +18,8 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedModel
 from hooked_vlm.components.attention import bias_of
 from hooked_vlm.components.stack import TokenStack, Unembed
 from hooked_vlm.hub import Located, locate, locate_tower
-from hooked_vlm.models.dataset import ActivationDataset, cache_dataset
+from hooked_vlm.models.caching import cache_dataset
+from hooked_vlm.models.dataset import ActivationDataset
 from hooked_vlm.models.inputs import (
     Geometry,
     ImageLike,

@@ -1,30 +1,17 @@
-"""Activations of a data set on the disk: written batch by batch, read without the model."""
+"""Activations of a data set on the disk, read without the model; `caching` writes them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
-
-from hooked_vlm.components.hook_point import HookPoint, reads_only
-from hooked_vlm.models.flow import Flow
-from hooked_vlm.models.names import Names, head_of
-from hooked_vlm.models.resumable import stored
-
-if TYPE_CHECKING:
-    from hooked_vlm.models.base import HookedVLM
 
 INDEX, FORMAT, MASK, SHARD = "index.json", 1, "mask:", ".safetensors"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = ("hook_attn_scores", "hook_pattern")  # whose last axis counts keys
 
 Batch = tuple[dict[str, Tensor], dict[str, Tensor]]  # activations, and masks, by name
@@ -52,7 +39,7 @@ class ActivationDataset:
             raise FileNotFoundError(
                 f"{str(self.folder)!r} has no {INDEX}: it is no folder of cache_dataset"
             )
-        index = _index(self.folder)
+        index = read_index(self.folder)
         self.names: list[str] = index["names"]
         self.provenance: dict[str, Any] = index["provenance"]
         self._maps: list[str] = index["maps"]
@@ -64,11 +51,11 @@ class ActivationDataset:
     @property
     def complete(self) -> bool:
         """Whether the data set was written to its end; False after Ctrl-C."""
-        return _index(self.folder)["batches"] is not None
+        return read_index(self.folder)["batches"] is not None
 
     def __len__(self) -> int:
         """How many rows of logits, most often texts, it is of."""
-        return sum(int(_told(file)["rows"]) for file in self._files())
+        return sum(int(told_by(file)["rows"]) for file in self._files())
 
     def shards(self) -> Iterator[Batch]:
         """The batches: activations by name, and by name which positions are no padding.
@@ -150,15 +137,16 @@ class ActivationDataset:
         Raises:
             OSError: one of them is missing.
         """
-        numbers = _numbers(self.folder)
-        n = max(_index(self.folder)["batches"] or 0, *(number + 1 for number in numbers), 0)
+        numbers = numbers_in(self.folder)
+        n = max(read_index(self.folder)["batches"] or 0, *(number + 1 for number in numbers), 0)
         for number in range(n):
             if number not in numbers:
+                file = file_of(self.folder, number)
                 raise OSError(
-                    f"{str(_file(self.folder, number))!r} is missing; call cache_dataset with the "
-                    "same arguments, which makes it again"
+                    f"{str(file)!r} is missing; call cache_dataset with the same arguments, which "
+                    "makes it again"
                 )
-        return [_file(self.folder, number) for number in range(n)]
+        return [file_of(self.folder, number) for number in range(n)]
 
 
 class RunningMean:
@@ -248,98 +236,7 @@ def _longer(x: Tensor, n: int) -> Tensor:
     return torch.cat([x, x.new_zeros(n - len(x), *x.shape[1:])])
 
 
-def cache_dataset(
-    model: HookedVLM,
-    inputs: Iterable[Mapping[str, Any]],
-    names: Names,
-    out: str | Path,
-    dtype: torch.dtype | None,
-    progress: bool,
-) -> ActivationDataset:
-    """See `HookedVLM.cache_dataset`."""
-    found, folder = model.hook_dict.match(names), Path(out)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is one of {', '.join(map(str, DTYPES))}, not {dtype}")
-    index = _opened(folder, _head(model, found, dtype))
-    there, n = _numbers(folder), 0
-    for number, batch in enumerate(tqdm(inputs, desc="caching", disable=not progress)):
-        n = number + 1
-        if not isinstance(batch, Mapping):
-            raise ValueError(
-                f"batch {number} is a {type(batch).__name__}; give what prepare makes, one after "
-                "the other, and a single one as [inputs]"
-            )
-        digest, file = _digest(batch), _file(folder, number)
-        if number in there:
-            if _told(file)["inputs"] != digest:
-                raise ValueError(
-                    f"batch {number} is not the one that {str(folder)!r} holds: its inputs differ; "
-                    "choose another folder"
-                )
-            continue
-        if index["batches"] is not None:  # it goes on behind what was its end
-            index["batches"] = None
-            _write(folder, index)
-        if model.ROWS not in batch:
-            raise ValueError(f"batch {number} has no {model.ROWS}, only {', '.join(batch)}")
-        tensors = _owned(_run(model, batch, found, dtype))
-        _save(file, tensors, {"rows": str(len(batch[model.ROWS])), "inputs": digest})
-    if not n or n <= max(there, default=-1):
-        raise ValueError(
-            f"{n} batches were given, {str(folder)!r} holds {len(there)}: an iterator that was "
-            "read before is empty; for other batches choose another folder"
-        )
-    index["batches"] = n
-    _write(folder, index)
-    return ActivationDataset(folder)
-
-
-def _head(model: HookedVLM, names: list[str], dtype: torch.dtype | None) -> dict[str, Any]:
-    """What a folder is of, which must be the same when it is gone on with."""
-    return {
-        "format": FORMAT,
-        "names": names,
-        "maps": [name for name in names if model.hook_dict[name].pos_dim is None],
-        "provenance": {
-            **model.provenance,
-            "weights": model.weights_hash(),
-            "standing hooks": sorted(str(p.name) for p in model.hook_points() if p.has_writers),
-            "dtype": str(dtype or model.dtype).removeprefix("torch."),
-        },
-    }
-
-
-# --- the folder
-
-
-def _opened(folder: Path, head: dict[str, Any]) -> dict[str, Any]:
-    """The folder's index, a new one if it is empty.
-
-    Raises:
-        NotADirectoryError: the folder is a file.
-        ValueError: a folder of something else.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{str(folder)!r} is a file; name a folder to write to")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / INDEX).exists():
-        if any(file.name != f"{INDEX}.part" for file in folder.iterdir()):
-            raise ValueError(
-                f"{str(folder)!r} holds other files, and no {INDEX}; choose an empty folder"
-            )
-        _write(folder, head | {"batches": None})
-    index = _index(folder)
-    was, now = (one["provenance"] | {"names": one["names"]} for one in (index, head))
-    for key in [*now, *was]:
-        if was.get(key) != now.get(key):
-            raise ValueError(
-                f"{str(folder)!r} was made with other {key}: {_short(was.get(key))}, not "
-                f"{_short(now.get(key))}; choose another folder"
-            )
-    return index
-
-
-def _index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
     """What the folder's index says.
 
     Raises:
@@ -360,35 +257,14 @@ def _index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else f"{text[:76]}…"
-
-
-def _write(folder: Path, index: dict[str, Any]) -> None:
-    part = folder / f"{INDEX}.part"
-    part.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    part.replace(folder / INDEX)
-
-
-def _file(folder: Path, number: int) -> Path:
+def file_of(folder: Path, number: int) -> Path:
+    """The file of a batch."""
     return folder / f"{number:05}{SHARD}"
 
 
-def _numbers(folder: Path) -> set[int]:
+def numbers_in(folder: Path) -> set[int]:
     """The batches whose files are there."""
     return {int(file.stem) for file in folder.glob(f"*{SHARD}") if file.stem.isdecimal()}
-
-
-def _save(file: Path, tensors: dict[str, Tensor], told: dict[str, str]) -> None:
-    """Writes a file, whole or not at all; what it is of stands in it, not in the index."""
-    part = file.with_name(f"{file.name}.part")
-    try:
-        save_file(tensors, part, metadata=told)
-        part.chmod(file.parent.stat().st_mode & 0o666)  # it makes them 0600
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _open(file: Path) -> Any:
@@ -401,109 +277,8 @@ def _open(file: Path) -> Any:
         ) from error
 
 
-def _told(file: Path) -> dict[str, str]:
+def told_by(file: Path) -> dict[str, str]:
+    """What a batch's file says of it: its rows, and a hash of its inputs."""
     with _open(file) as opened:
         told: dict[str, str] = opened.metadata()
     return told
-
-
-# --- a batch
-
-
-def _digest(batch: Mapping[str, Any]) -> str:
-    """A hash of a batch's inputs.
-
-    Raises:
-        ValueError: an input that is neither tensor nor plain value.
-    """
-    digest = hashlib.sha256()
-    for key, value in sorted(batch.items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(stored(value))
-        elif isinstance(value, str | int | float):
-            digest.update(f"{key} {value!r}".encode())
-        elif value is not None:
-            raise ValueError(
-                f"{key} is a {type(value).__name__}; cache_dataset takes tensors, texts and numbers"
-            )
-    return digest.hexdigest()
-
-
-class _Reading(Flow):
-    """A plain pass that tells which stack each one reads."""
-
-    def __init__(self, model: HookedVLM):
-        super().__init__(model.stacks)
-        self.sources: dict[str, Any] = {}
-
-    def stack(self, name: str, inputs: Tensor, **kwargs: Any) -> Tensor:
-        """Runs a stack as ever."""
-        self.sources[name] = kwargs.get("source")
-        return super().stack(name, inputs, **kwargs)
-
-
-class _Enough(Exception):
-    """Raised at the last point that is wanted: the rest of the pass is not run."""
-
-
-@torch.no_grad()
-def _run(
-    model: HookedVLM, batch: Mapping[str, Any], names: list[str], dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    """The activations of a batch, and masks where it is padded.
-
-    Raises:
-        KeyError: a point that the pass does not reach.
-        ValueError: values that the dtype cannot hold.
-    """
-    flow = _Reading(model)
-    entries, hooks, _ = model.get_caching_hooks(names, device="cpu")
-
-    @reads_only
-    def stop(value: Tensor, hook: HookPoint) -> None:
-        if len(entries) == len(names):
-            raise _Enough
-
-    with model.hooks([*hooks, (names, stop)]), suppress(_Enough):
-        model._flow(flow, **batch)
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        if name not in entries:
-            raise KeyError(f"the pass does not reach {name!r}; leave it out")
-        value, point = entries[name], model.hook_dict[name]
-        tensors[name] = _converted(name, value, dtype)
-        stack, whole = model.stack_of(name), model.hook_dict[(head_of(name) or (name,))[0]]
-        mask = model.mask_of(batch, flow.sources[stack] if whole.of_source else stack)
-        if mask is not None and not mask.all() and point.pos_dim is not None and value.dim() > 2:
-            assert value.shape[point.pos_dim] == mask.shape[1], name
-            tensors[MASK + name] = mask.bool().cpu().expand(len(value), -1)
-    return tensors
-
-
-def _converted(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The same in a dtype, of whose finite minimum masked scores are, as they were before."""
-    if dtype is None or value.dtype == dtype:
-        return value
-    masked = value == torch.finfo(value.dtype).min
-    made = value.to(dtype).masked_fill(masked, torch.finfo(dtype).min)
-    if (made.isinf() & value.isfinite()).any():
-        raise ValueError(
-            f"{name!r} has a value of {value.abs().max():.3g}, more than {dtype} holds; "
-            "torch.bfloat16 has the range of torch.float32"
-        )
-    return made
-
-
-def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share no memory, as safetensors demands: one activation may be two points'."""
-    owned: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in tensors.items():
-        value = value.contiguous()
-        storage = value.untyped_storage()
-        if storage.nbytes() > value.nbytes or storage.data_ptr() in seen:
-            value = value.clone()
-        seen.add(value.untyped_storage().data_ptr())
-        owned[name] = value
-    return owned

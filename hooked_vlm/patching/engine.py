@@ -17,7 +17,7 @@ from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.flow import Base
 from hooked_vlm.models.names import Site
 from hooked_vlm.patching.cells import Swept, module_of, parts
-from hooked_vlm.patching.interventions import At, Intervention
+from hooked_vlm.patching.interventions import At, Intervention, first_seen
 from hooked_vlm.patching.metrics import Metric, as_numbers
 from hooked_vlm.patching.places import Each, Locator, NoSuchPlace, Place, as_place
 from hooked_vlm.patching.plan import MOST, Sketched
@@ -324,8 +324,7 @@ class Sweep:
             return base.cache[name][rows[row]]
 
         def write(activation: Tensor, hook: HookPoint) -> Tensor:
-            told = hook.ctx.get("positions")  # of a pass that begins later
-            begin = 0 if told is None else int(told[0])
+            begin = first_seen(hook)
             shape = [size, *activation.shape[1:]]
             if hook.pos_dim is not None and hook.pos_dim < len(shape):
                 shape[hook.pos_dim] += begin

@@ -97,6 +97,12 @@ def index_of(
     return tuple(index)
 
 
+def first_seen(hook: HookPoint) -> int:
+    """The first position that a hook sees, in a pass that begins later than others."""
+    told = hook.ctx.get("positions")
+    return 0 if told is None else int(told[0])
+
+
 @dataclass(frozen=True)
 class Intervention:
     """Something to write.

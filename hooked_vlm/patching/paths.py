@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_vlm.components.attention import Attention
+from hooked_vlm.components.blocks import Sum
 from hooked_vlm.components.hook_point import HookPoint, reads_only
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.names import Site
 from hooked_vlm.patching.cells import Sites, as_sites, described, module_of, parts
 from hooked_vlm.patching.engine import Begun, Cell, Sweep, Write
-from hooked_vlm.patching.interventions import index_of
+from hooked_vlm.patching.interventions import first_seen, index_of
 from hooked_vlm.patching.places import as_place
 from hooked_vlm.patching.result import PatchingResult
 from hooked_vlm.patching.runs import FirstToken, Pairs
 from hooked_vlm.patching.sweep import Direction, MetricLike, Positions, patching, run
 
 LOGITS = "hook_logits"
-PARTS = ("attn", "cross_attn", "mlp")
 
 
 def path_patching(
@@ -106,7 +107,7 @@ class _Reached(Exception):
     """Raised when all points of a hop were caught."""
 
 
-Part = tuple[str, int, str]  # stack, layer, and the part's name
+Part = tuple[str, int, Sum]  # stack, layer, and the part in its block
 Hook = tuple[str, Callable[..., Any]]
 
 
@@ -123,20 +124,15 @@ class PathSweep(Sweep):
     def __post_init__(self) -> None:
         self._outs: dict[str, Part] = {}  # where each part is added to the stream
         for stack, of in self.model.stacks.items():
-            points = [name for name in self.model.hook_dict if name.startswith(f"{stack}.blocks.")]
-            for name in points:
-                site = Site.parse(name)
-                part = site.component.removeprefix("hook_").removesuffix("_out")
-                if part in PARTS and site.layer is not None:
-                    self._outs[name] = stack, site.layer, part
-            if (
-                len({self._outs[name][1] for name in points if name in self._outs})
-                < of.cfg.n_layers
-            ):
-                raise ValueError(
-                    f"{stack!r} is not made of attention and MLPs that are added to a stream: it "
-                    "has no paths"
-                )
+            for layer, block in enumerate(of.block_list):
+                if not hasattr(block, "SUMS"):
+                    raise ValueError(
+                        f"{stack!r} is not made of parts that are added to a stream: it has no "
+                        "paths"
+                    )
+                for one in block.SUMS:
+                    if hasattr(block, one.part):
+                        self._outs[f"{stack}.blocks.{layer}.{one.out}"] = stack, layer, one
 
     def record(self) -> list[str]:
         """Also what may have to be held: outputs of parts, and what parts on the way read."""
@@ -204,11 +200,12 @@ class PathSweep(Sweep):
             ]
             if any(rows):
                 others = {site.stack for row in writes for site, _ in row} - {part[0]}
-                crossed = part[2] == "cross_attn" and bool(others)  # its keys would change, too
+                crossed = part[2].part == "cross_attn" and bool(others)  # its keys change, too
                 if crossed or any(self._carrier(site) == part for site in reached):
+                    name = f"{part[0]}.blocks.{part[1]}.{part[2].part}"
                     raise ValueError(
-                        f"{part[0]}.blocks.{part[1]}.{part[2]} both sends and receives with parts "
-                        "before it; patch these one by one"
+                        f"{name} both sends and receives with parts before it; patch these one by "
+                        "one"
                     )
                 held += [(name, self._holder(begun, name, rows)) for name in self._reads(part)]
         return held
@@ -217,21 +214,21 @@ class PathSweep(Sweep):
         """The part through which a site reaches the stream; None if it is in the stream."""
         if site.layer is None:
             return None
-        name = site.component.split(".")[0].removeprefix("hook_")
-        if self.model.stacks[site.stack].pre_norm:  # the norms in front of what parts read
-            name = {"ln1": "attn", "ln2": "mlp"}.get(name, name)
-        name = name.removesuffix("_out").removesuffix("_in")
-        return (site.stack, site.layer, name) if name in PARTS else None
+        inside = site.component.split(".")[0]
+        for one in self.model.stacks[site.stack].block_list[site.layer].SUMS:
+            if inside in (one.part, one.before, f"hook_{one.part}_in", one.out):
+                return site.stack, site.layer, one
+        return None
 
     def _reads(self, part: Part | None) -> list[str]:
-        """The points at which a part reads its stack's stream."""
+        """The points at which a part alone reads its stack's stream."""
         if part is None:
             return []
-        block = f"{part[0]}.blocks.{part[1]}"
-        if part[2] == "mlp":
-            return [f"{block}.hook_mlp_in"]
-        own = [f"{block}.{part[2]}.hook_q_in"]
-        return own if part[2] == "cross_attn" else [*own, f"{block}.{part[2]}.hook_kv_in"]
+        stack, layer, one = part
+        if isinstance(getattr(self.model.stacks[stack].block_list[layer], one.part), Attention):
+            names = [f"{stack}.blocks.{layer}.{one.part}.hook_{leaf}_in" for leaf in ("q", "kv")]
+            return [name for name in names if not self.model.hook_dict[name].of_source]
+        return [f"{stack}.blocks.{layer}.{one.reads}"]
 
     def _holder(self, begun: Begun, name: str, rows: list[bool]) -> Callable[..., Tensor]:
         """A hook that writes the unpatched run's activation into some rows of the batch."""
@@ -239,7 +236,7 @@ class PathSweep(Sweep):
         chosen = torch.tensor(rows, device=own.device)
 
         def hold(activation: Tensor, hook: HookPoint) -> Tensor:
-            value = own[:, _told(hook) :]
+            value = own[:, first_seen(hook) :]
             activation.unflatten(0, (len(rows), -1))[chosen] = value
             return activation
 
@@ -253,7 +250,7 @@ class PathSweep(Sweep):
 
         @reads_only
         def catch(activation: Tensor, hook: HookPoint) -> None:
-            caught[str(hook.name)] = activation, _told(hook)
+            caught[str(hook.name)] = activation, first_seen(hook)
             if len(caught) == len(names):
                 raise _Reached
 
@@ -283,7 +280,7 @@ def _handing(writes: list[Write], value: Tensor, begin: int) -> Callable[..., Te
         for site, positions in writes:
             there, here = (
                 index_of(site, hook, positions, activation.dim(), first)
-                for first in (_told(hook), begin)
+                for first in (first_seen(hook), begin)
             )
             activation[there] = value[here]
         return activation
@@ -294,9 +291,3 @@ def _handing(writes: list[Write], value: Tensor, begin: int) -> Callable[..., Te
 def _earliest(write: Write) -> Site:
     site, positions = write
     return Site.parse(module_of(site.name), None if positions is None else min(positions))
-
-
-def _told(hook: HookPoint) -> int:
-    """The first position that a hook sees."""
-    told = hook.ctx.get("positions")
-    return 0 if told is None else int(told[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -135,11 +134,6 @@ class Sketched:
             known[key] = held(begun.base), peaks[0], peaks[1]
         return known[key]
 
-    def _passed(self, begun: Begun, batch: Sequence[Cell]) -> Work:
-        with measured() as work:
-            self.sweep.logits(begun, batch)
-        return work
-
     def plan(self) -> Plan:
         """The cost of the whole; every pair counts as the first."""
         sweep, n = self.sweep, len(self.sweep.runs)
@@ -155,7 +149,8 @@ class Sketched:
             cells = sweep.cells(begun)
             forward = self._forward(begun)
             for batch in sweep.batches(cells, self.most):
-                made = self._passed(begun, batch)
+                with measured() as made:
+                    sweep.logits(begun, batch)
                 macs += made.macs
                 rows = max(rows, len(batch))
                 memory = max(memory, held(begun.base) + made.peak)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -20,6 +21,8 @@ from hooked_vlm.patching.places import Region, shown
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from hooked_vlm.models.base import HookedVLM
 
 VANISHING = 1e-6  # a clean-corrupt difference below this share of the metric's size says nothing
 
@@ -245,6 +248,17 @@ class PatchingResult:
         places = _read(told["provenance"].pop("places"))
         provenance = told["provenance"] | ({} if places is None else {"places": places})
         return cls(data, ends["clean"], ends.get("corrupt"), sites, provenance)
+
+
+def provenance(model: HookedVLM, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What numbers were made with: the model, its weights, versions, and what a method tells."""
+    return {
+        **model.provenance,
+        **told,
+        "weights": model.weights_hash(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
 
 
 def _placed(site: Swept, place: Any) -> Swept:

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
-from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hooked_vlm.components.hook_point import HookPoint, reads_only
-from hooked_vlm.components.norm import LayerNorm
 from hooked_vlm.models.base import HookedVLM
-from hooked_vlm.models.flow import Base
 from hooked_vlm.models.inputs import ImageLike
-from hooked_vlm.models.names import Site
+from hooked_vlm.patching import exact
 from hooked_vlm.patching.cells import as_sites
 from hooked_vlm.patching.engine import Begun, Sweep
-from hooked_vlm.patching.interventions import Intervention, knockout
-from hooked_vlm.patching.metrics import Metric, as_metric, as_numbers
+from hooked_vlm.patching.interventions import Intervention, knockout, zero
+from hooked_vlm.patching.metrics import as_metric, as_numbers
 from hooked_vlm.patching.places import Locator, Place, as_place
-from hooked_vlm.patching.result import VANISHING
+from hooked_vlm.patching.result import VANISHING, provenance
 from hooked_vlm.patching.runs import PER_IMAGE, FirstToken, Inputs, Pairs, Run, rows_of, single
 from hooked_vlm.patching.sweep import MetricLike
 
@@ -157,7 +151,7 @@ def source_attribution(
     chosen = as_metric(metric, model)
     runs, first = single(model, inputs, chosen, first_token)
     others = _others(model, runs, resample)
-    why = _indirect(model)
+    why = exact.indirect(model)
     found: list[dict[str, Any]] = []
     for number, run in enumerate(tqdm(runs, desc="sources", unit="input", disable=not progress)):
         other = None if others is None else others[number]
@@ -179,7 +173,7 @@ def source_attribution(
     for one in found:
         one["knockout"] = [list(row.values()) for row in one["knockout"].values()]
     if why is None and any(point.has_writers for point in model.hook_points()):
-        why = _disturbed(found, pairs["pair"], chosen)
+        why = exact.disturbed(found, pairs["pair"], chosen)
     direct = heads = mlps = None
     if why is None:
         n_layers, n_heads = np.array(found[0]["heads"]).shape[:2]
@@ -189,17 +183,13 @@ def source_attribution(
         heads = stacked(
             "heads", "layer", "head", "source", **layers, head=range(n_heads), source=names
         )
-    provenance = {
-        **model.provenance,
+    told = {
         "method": "source_attribution",
         "metric": chosen.name,
         "first_token": first,
         "direct": why or "exact",
-        "gap": None if direct is None else max(map(_gap, found)),
+        "gap": None if direct is None else max(map(exact.gap, found)),
         "resample": "others" if isinstance(resample, str) else len(resample or ()),
-        "weights": model.weights_hash(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
     }
     return SourceResult(
         stacked("metric"),
@@ -208,45 +198,8 @@ def source_attribution(
         mlps,
         stacked("knockout", "source", "queries", source=names, queries=queries),
         None if others is None else stacked("resampled"),
-        provenance,
+        provenance(model, told),
     )
-
-
-def _indirect(model: HookedVLM) -> str | None:
-    """Why no logit of a model is a sum over a stream, None if they are."""
-    last = list(model.stacks)[-1]
-    if not model.stacks[last].pre_norm:
-        return f"{last!r} is a post-norm stack: its stream is no sum of what its parts add"
-    if not isinstance(model._modules.get("unembed"), nn.Linear):
-        return f"no linear map makes the logits of the stream of {last!r}"
-    return None
-
-
-def _disturbed(found: list[dict[str, Any]], names: Sequence[str], metric: Metric) -> str | None:
-    """Why, with hooks that write, parts do not add up to the metric; None if they do."""
-    for one, name in zip(found, names, strict=True):
-        if not _gap(one) <= one["rounding"]:  # NaN adds up to nothing
-            return (
-                f"the parts of input {name!r} add up to {sum(one['direct']):.6g}, its "
-                f"{metric.name} is {one['metric']:.6g}: standing hooks write what heads give, the "
-                "stream or the logits, which are none of the parts; model.reset_hooks() ends them"
-            )
-    return None
-
-
-def _gap(one: Mapping[str, Any]) -> float:
-    """The distance of an input's metric from the sum of its parts."""
-    return abs(float(sum(one["direct"]) - one["metric"]))
-
-
-def _rounding(model: HookedVLM, along: Float[Tensor, "token d_model"]) -> float:
-    """How far rounding in the model's dtype may take a sum of logits from that of its parts.
-
-    The step of a stream as long as the final norm makes it, along what makes each logit of it: far
-    more than steps of all layers, in directions drawn at random, come to.
-    """
-    length: float = along.norm(dim=1).sum().item() * along.shape[1] ** 0.5
-    return 4 * float(torch.finfo(model.dtype).eps) * length
 
 
 def _others(model: HookedVLM, runs: list[Run], resample: Resample) -> list[list[Inputs]] | None:
@@ -292,37 +245,23 @@ def _attributed(
     Raises:
         ValueError: padding at the position that is read.
     """
-    inputs = rows_of(model, run.inputs())[0]
-    last = list(model.stacks)[-1]
+    clean = rows_of(model, run.inputs())[0]
+    alone = replace(run, inputs=lambda: clean, n_rows=1)
+    whole = direct and len(run.metric.parts()) == 1
     found: dict[str, Any] = {"metric": 0.0, "resampled": 0.0, "knockout": {}}
-    parts = run.metric.parts()
-    for metric, weight in parts:
-        given = inputs
-        if len(metric.continuation) > 1:
-            given = model.continued(inputs, metric.continuation[:-1])
-        keep = 0 if metric.whole else max(1, len(metric.continuation))
-        base = model.base_run(**given, logits_to_keep=keep)
-        if "reference" in metric.needs and metric.reference is None:
-            clean = base.logits[0] if base.logits.dim() < 3 else base.logits[0, -1]
-            metric = replace(metric, reference=clean)
-        locator = Locator(model, base, given, 0, run.roles)
-        stream = f"{last}.blocks.0.hook_resid_pre"
-        if keep and base.logits.dim() == 3 and locator.real(stream)[-1] + 1 < locator.count(stream):
-            raise ValueError(
-                f"input {run.name!r} is padded on the right, and an answer is read at the last "
-                "position; prepare it by itself"
-            )
+    for begun in Sweep(model, [alone], [], None, zero(), 0).begin(0):
+        base, locator, metric, weight = begun.base, begun.locator, begun.metric, begun.weight
+        given = locator.inputs
         value = as_numbers(metric(base.logits))[0]
         found["metric"] += weight * value
-        begun = Begun(base, locator, metric, weight, 0)
         for name, by in _knockouts(model, locator, sources, given).items():
             row = found["knockout"].setdefault(name, dict.fromkeys(by, 0.0))
             for queries, kind in by.items():
                 if kind is not None:  # else there is nothing to attend to
                     row[queries] += weight * (value - _without(model, run, begun, kind))
-        slope = _slope(metric, base.logits) if direct and len(parts) == 1 else None
+        slope = exact.slope_of(metric, base.logits) if whole else None
         if slope is not None:
-            found |= _direct(model, base, slope, _sources(model, locator, sources, given))
+            found |= exact.direct(model, base, slope, _sources(model, locator, sources, given))
         if others is not None:
             swapped = [model(**_swapped(model, given, *one)) for one in enumerate(others)]
             values = [as_numbers(metric(logits))[0] for logits in swapped]
@@ -354,83 +293,6 @@ def _swapped(model: HookedVLM, given: Inputs, number: int, other: Inputs) -> dic
             f"{told[1][0]} of {told[1][1]}; give as many images of one shape"
         )
     return {**given, **{key: other[key] for key in PER_IMAGE if key in other}}
-
-
-def _slope(metric: Metric, logits: Tensor) -> Tensor | None:
-    """What a metric multiplies the last position's logits by, [d_out]; None if it is no such sum.
-
-    A sum has one gradient everywhere, and is its product with the logits.
-    """
-    drawn = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-    slopes = []
-    for given in (logits, drawn, -drawn):
-        with torch.inference_mode(False), torch.enable_grad():
-            at = given.detach().clone().requires_grad_()
-            value = metric(at).sum()
-            if not value.requires_grad:
-                return None
-            (slope,) = torch.autograd.grad(value, at, allow_unused=True, materialize_grads=True)
-        terms = (slope * at.detach()).double()
-        near = 100 * torch.finfo(logits.dtype).eps
-        if abs(value.item() - terms.sum()) > near * terms.abs().sum():
-            return None
-        slopes.append(slope)
-    same = all(torch.allclose(slope, slopes[0], rtol=near, atol=0) for slope in slopes)
-    return slopes[0][0, -1] if same and not slopes[0][:, :-1].any() else None
-
-
-@torch.no_grad()
-def _direct(
-    model: HookedVLM, base: Base, slope: Tensor, sources: Mapping[str, tuple[int, ...]]
-) -> dict[str, Any]:
-    """What adds up to a weighted sum of the last position's logits."""
-    stack = list(model.stacks)[-1]
-    module: Any = model.stacks[stack]
-    seen = _last(model, base, stack)
-    tokens = slope.nonzero().flatten()
-    weights, norm = slope[tokens].double(), module.ln_final
-    each = weights[:, None] * model.tokens_to_residual_directions(tokens).double()
-    rounding, toward = _rounding(model, each * norm.weight), each.sum(0)
-    along = norm.weight.double() * toward
-    if isinstance(norm, LayerNorm):
-        along = along - along.mean()  # the norm takes the mean out
-    along = along / seen[f"{stack}.ln_final.hook_scale"]
-    bias = float(model.b_U[tokens].double() @ weights)
-    if isinstance(norm, LayerNorm):
-        bias += float(norm.bias.double() @ toward)
-    heads, mlps = [], []
-    for layer, block in enumerate(module.block_list):
-        name, attn = f"{stack}.blocks.{layer}", block.attn
-        here = along.to(attn.b_O.device)
-        out = attn.W_O.double() @ here  # [head, d_head]
-        values = base.stacks[stack].own[layer][1][0].double().repeat_interleave(attn.group, 1)
-        given = torch.einsum("shd,hd->hs", values, out) * seen[f"{name}.attn.hook_pattern"]
-        heads.append(np.stack([given[:, list(at)].sum(1).cpu() for at in sources.values()], 1))
-        mlps.append(float(seen[f"{name}.hook_mlp_out"] @ here))
-        bias += float(attn.b_O.double() @ here)
-    stream = seen[f"{stack}.blocks.0.hook_resid_pre"]
-    embed = float(stream @ along.to(stream.device))
-    by_source = np.sum(heads, (0, 1)).tolist()
-    direct = [*by_source, sum(mlps), embed, bias]
-    return {"heads": heads, "mlps": mlps, "direct": direct, "rounding": rounding}
-
-
-def _last(model: HookedVLM, base: Base, stack: str) -> dict[str, Tensor]:
-    """What the last position's stream is made of, by a pass of that position alone."""
-    layers = range(model.stacks[stack].cfg.n_layers)
-    leaves = ("attn.hook_pattern", "hook_mlp_out")
-    names = [f"{stack}.blocks.{layer}.{leaf}" for layer in layers for leaf in leaves]
-    names += [f"{stack}.blocks.0.hook_resid_pre", f"{stack}.ln_final.hook_scale"]
-    seen: dict[str, Tensor] = {}
-
-    @reads_only
-    def keep(value: Tensor, hook: HookPoint) -> None:
-        axis = hook.pos_dim or 1
-        seen[str(hook.name)] = value[0].select(axis - 1, value.shape[axis] - 1).double()
-
-    sites = [Site.parse(name, -1) for name in names]
-    model.resume(base, sites, fwd_hooks=[(name, keep) for name in names])
-    return seen
 
 
 def _knockouts(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from hooked_vlm.patching.interventions import Given, as_intervention, patch, zer
 from hooked_vlm.patching.metrics import Metric, as_metric
 from hooked_vlm.patching.places import Each, Place, as_place, shown
 from hooked_vlm.patching.plan import Plan, Sketched
-from hooked_vlm.patching.result import PatchingResult, label
+from hooked_vlm.patching.result import PatchingResult, label, provenance
 from hooked_vlm.patching.runs import FirstToken, Inputs, Pairs, paired, single
 
 Direction = Literal["denoise", "noise"]
@@ -152,7 +151,8 @@ def plan(
         ValueError: as there.
     """
     if intervention is None:
-        assert sites is not None, "patching has no sites of its own: give sites"
+        if sites is None:
+            raise ValueError("patching names no sites of its own: give sites")
         given: Any = pairs
         swept, _ = patching(
             model, given, sites, metric, positions, "denoise", first_token, max_rows, memory
@@ -246,20 +246,11 @@ def ablating(
 
 def run(sweep: Sweep, told: dict[str, Any], progress: bool) -> PatchingResult:
     """Runs a sweep and labels what it gave."""
-    model = sweep.model
     desc = "patching" if told["direction"] != "ablate" else "ablating"
     values, ends = sweep.values(desc if progress else None)
     names = [one.name for one in sweep.runs]
     runs = [xr.DataArray(end, dims="pair", coords={"pair": names}) for end in ends]
-    provenance = {
-        **model.provenance,
-        **told,
-        "weights": model.weights_hash(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "complete": not sweep.interrupted,
-        "excluded": dict(sweep.excluded),
-    }
+    told = told | {"complete": not sweep.interrupted, "excluded": dict(sweep.excluded)}
     at = None
     if sweep.places is not None:
         each = sweep.places
@@ -269,11 +260,10 @@ def run(sweep: Sweep, told: dict[str, Any], progress: bool) -> PatchingResult:
         else:
             places = each
         at = [shown(place) for place in places]
-        provenance["places"] = places
+        told["places"] = places
     data = label(values, names, sweep.sites, at)
-    return PatchingResult(
-        data, runs[0], runs[1] if len(runs) > 1 else None, tuple(sweep.sites), provenance
-    )
+    corrupt = runs[1] if len(runs) > 1 else None
+    return PatchingResult(data, runs[0], corrupt, tuple(sweep.sites), provenance(sweep.model, told))
 
 
 def _at_most(max_rows: int | None) -> int | None:
