@@ -181,6 +181,28 @@ def test_image_to_question_to_answer():
     assert found.provenance["method"] == "path_patching"
 
 
+@pytest.mark.parametrize("member", [ITM, *LLAVA], ids=str)
+def test_of_senders_together_the_later_does_not_see_the_earlier(member):
+    """Other heads of the later one's attention are as they were, which read the earlier one."""
+    model, (_, target) = built(member), pair_of(member)
+    values, own = runs(member)
+    both = model.sites([f"text.blocks.{layer}.attn.heads.1.hook_z" for layer in (0, 1)])
+    found = P.path_patching(model, pair_of(member), P.together(both), "hook_logits", total, **QUIET)
+    senders = {module_of(site.name): site for site in both}
+    carriers = {part_of(name, pre_norm=False) for name in senders}
+    outs = [n for n in model.hook_dict if n.endswith(("attn_out", "mlp_out"))]
+    hooks = [(n, lambda x, hook: own[hook.name]) for n in outs if n not in carriers]
+    for name in senders:
+
+        def write(x, hook):
+            return put(own[hook.name].clone(), values[hook.name], senders[hook.name], hook)
+
+        hooks.append((name, write))
+    expected = total(model.run_with_hooks(**target, fwd_hooks=hooks)).item()
+    assert found.data.item() == pytest.approx(expected, abs=1e-10)
+    assert abs(expected - found.start.item()) > 1e-9
+
+
 def test_all_paths_together_are_the_patch():
     """A stream of a single block's input reaches the output by its parts alone."""
     model, pair = built(ITM), pair_of(ITM)

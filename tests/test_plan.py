@@ -62,6 +62,15 @@ def test_work_is_counted_as_torch_counts_it():
     assert work.macs > 2 * 5 * linear
 
 
+def test_the_peak_is_of_what_is_alive_at_one_time():
+    with measured() as work:
+        large = torch.empty(1000, device="meta")  # 4,000 bytes
+        small = large[:10].clone()  # 40; the view itself takes none
+        del large
+        both = small + small  # 40
+    assert work.peak == 4040 and len(both) == 10
+
+
 @pytest.mark.parametrize("member", FUSED, ids=str)
 def test_batches_fit_the_memory(member):
     model = built(member)
