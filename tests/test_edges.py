@@ -13,7 +13,7 @@ from zoo_llava import LLAVA
 from hooked_vlm import HookedBLIP, HookedLlava
 from hooked_vlm import patching as P
 from hooked_vlm.data import Pair, shapes
-from hooked_vlm.patching import edges, graph
+from hooked_vlm.patching import graph
 from hooked_vlm.patching.cells import module_of
 from hooked_vlm.patching.edges import edge_attribution
 
@@ -99,7 +99,7 @@ def cached(model, inputs):
 def test_scores_are_products_of_finite_differences(member, direction, monkeypatch):
     """The receiver's input moves by the sender's change, and the metric by the receiver's."""
     if direction == "noise":
-        monkeypatch.setattr(edges, "ROOM", 1)  # one receiver at a time
+        monkeypatch.setattr(graph, "ROOM", 1)  # one receiver at a time
     model, sides, inputs, other_inputs = runs(member, direction)
     result = edge_attribution(model, tuple(sides), total, direction, **QUIET)
     scores = result.data[0].values
