@@ -18,11 +18,11 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: help demo test test-slow lint format docs bench toys clean
+.PHONY: help demo test test-slow lint format docs bench toys planted clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | test-slow | lint | format | docs | bench | toys | clean"
+	@echo "make demo | test | test-slow | lint | format | docs | bench | toys | planted | clean"
 
 demo: $(READY)
 	$(BIN)/hooked-vlm patch --model toy-blip-itm --out $(DEMO)
@@ -56,6 +56,11 @@ bench: $(READY)
 # Trains the packaged checkpoints again, from their seeds: half an hour, bit for bit.
 toys: $(READY)
 	@set -e; for toy in $(TOYS); do $(BIN)/python -m hooked_vlm.toys.train $$toy --threads 1; done
+
+# Builds the planted models again, and the page that says what methods find in them.
+planted: $(READY)
+	$(BIN)/python -m hooked_vlm.planted.build
+	$(BIN)/hooked-vlm validate --out docs/validation.parquet --page docs/validation.md
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The command line: `hooked-vlm patch`, `hooked-vlm check`."""
+"""The command line: `hooked-vlm patch`, `hooked-vlm check`, `hooked-vlm validate`."""
 
 from __future__ import annotations
 
@@ -144,6 +144,54 @@ def check(
         _fail(error)
     if not fine:
         raise typer.Exit(1)
+
+
+class Corrupt(StrEnum):
+    """What is corrupt in a pair."""
+
+    image = "image"
+    text = "text"
+
+
+@app.command()
+def validate(
+    method: Annotated[
+        list[str] | None, typer.Option(help="A registered method; by default all.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A planted model; by default all.")
+    ] = None,
+    corrupt: Annotated[
+        list[Corrupt] | None, typer.Option(help="What is corrupt; by default both in turn.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(help="Pairs of each.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="Of the pairs.", min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="The table, as Parquet.")] = Path("validation.parquet"),
+    page: Annotated[
+        Path | None, typer.Option(help="A page to put the table into, between its marks.")
+    ] = None,
+) -> None:
+    """Run methods on models whose circuit is known, and tell what each finds."""
+    from rich.console import Console
+
+    from hooked_vlm import planted
+    from hooked_vlm.planted import page as pages
+
+    try:
+        if page is not None:
+            pages.check(page)
+        if out.is_dir():
+            raise ValueError(f"--out {str(out)!r} is a folder; name a file")
+        chosen: Any = [one.value for one in corrupt or list(Corrupt)]
+        frame = planted.validate(method, model, chosen, n=pairs, seed=seed)
+        pages.save(frame, out)
+        if page is not None:
+            pages.write(frame, page)
+        console = Console()
+        console.print(pages.table(frame))
+        console.print("wrote", str(out), *([] if page is None else [str(page)]), soft_wrap=True)
+    except (ValueError, KeyError, OSError) as error:
+        _fail(error)
 
 
 def _open(

@@ -10,11 +10,11 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
-from hooked_vlm import toys
 from weights_conversion import ConversionError
 from weights_conversion.files import shard_names
 from weights_conversion.llava_original import Tower
 
+KINDS = ("toys", "planted")  # the packages that hold checkpoints
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What stands in their place where a checkpoint is a part of a model.
 PARTS = {
@@ -47,7 +47,7 @@ def locate(name_or_path: str | Path, *, weights: bool = True, **download: Any) -
     """Finds a checkpoint, and downloads it if it is a Hub name.
 
     Args:
-        name_or_path: a toy's name, a folder, a file, or a name on the Hub.
+        name_or_path: the name of a toy or a planted model, a folder, a file, or a name on the Hub.
         weights: whether its weights are wanted, too, and not the `config.json` alone.
         **download: `revision`, `cache_dir`, `token`, `local_files_only`, as in huggingface_hub.
 
@@ -57,7 +57,7 @@ def locate(name_or_path: str | Path, *, weights: bool = True, **download: Any) -
         weights_conversion.ConversionError: an index of shards that is none, or a part of a model.
     """
     name = str(name_or_path)
-    path = Path(toys.path(name)) if name in toys.names() else Path(name).expanduser()
+    path = _packaged().get(name, Path(name).expanduser())
     if path.is_file():
         return Located(name, [path], None, None)
     if path.is_dir():
@@ -69,6 +69,13 @@ def locate(name_or_path: str | Path, *, weights: bool = True, **download: Any) -
     ):
         raise FileNotFoundError(f"{name!r} is neither a file nor a folder")
     return _hub(name, weights, download)
+
+
+def _packaged() -> dict[str, Path]:
+    """The folders of the checkpoints that come with the library: toys, and planted models."""
+    here = Path(__file__).parent
+    found = [config.parent for kind in KINDS for config in here.glob(f"{kind}/*/config.json")]
+    return {folder.name: folder for folder in sorted(found)}
 
 
 def locate_tower(tower: Tower, whole: str, given: str | Path | None, **download: Any) -> Located:
@@ -120,8 +127,8 @@ def _hub(name: str, weights: bool, download: dict[str, Any]) -> Located:
             if isinstance(error, EntryNotFoundError) and file != "config.json":
                 return None
             raise FileNotFoundError(
-                f"{name!r} is no packaged toy ({', '.join(toys.names())}), no folder or file here, "
-                f"and the Hub gave nothing: {error}"
+                f"{name!r} is no packaged toy or planted model ({', '.join(_packaged())}), no "
+                f"folder or file here, and the Hub gave nothing: {error}"
             ) from error
 
     config = fetch("config.json")
