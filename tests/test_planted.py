@@ -49,34 +49,35 @@ def test_the_proof_holds_on_other_questions(name):
 def test_edges_are_the_paths_between_nodes(name):
     """A node's change reaches the inputs of those that the card says, and of no other node."""
     model, card = planted.load(name)
-    told = {(edge.sender, edge.receiver) for edge in card.edges}
+    told = {(e.sender, e.receiver, leaf) for e in card.edges for leaf in e.through.split(",")}
     found = set()
     recolored = []  # what reads no kind sees no difference in the images of pairs
-    for pair, scene in zip(pairs_of(model, 6, 5), planted.scenes(6, 5), strict=True):
+    for pair, scene in zip(pairs_of(model, 3, 5), planted.scenes(3, 5), strict=True):
         first, second = scene.shapes
         first, second = replace(first, color=second.color), replace(second, color=first.color)
         other = replace(scene, first=first, second=second).image()
         recolored.append(replace(pair, corrupt_image=other))
-    for pairs in (pairs_of(model, 6, 5), pairs_of(model, 6, 5, "text"), recolored):
-        for receiver in [*(node.name for node in card.nodes), "hook_logits"]:
-            at = [receiver]
-            if receiver.endswith("hook_z"):
-                at = [receiver.replace("hook_z", f"hook_{leaf}") for leaf in "qkv"]
-            elif receiver.endswith("hook_mlp_out"):
-                at = [receiver.replace("hook_mlp_out", "hook_mlp_in")]
-            last = max(map(model.order_of, at))
+    for pairs in (pairs_of(model, 3, 5), pairs_of(model, 3, 5, "text"), recolored):
+        ends = [("hook_logits", "", "hook_logits")]
+        for node in card.nodes:
+            if node.name.endswith("hook_z"):
+                ends += [(node.name, leaf, node.name.replace("_z", f"_{leaf}")) for leaf in "qkv"]
+            else:
+                ends.append((node.name, "", node.name.replace("hook_mlp_out", "hook_mlp_in")))
+        for receiver, leaf, at in ends:
+            last = model.order_of(at)
             senders = [n.name for n in card.nodes if model.order_of(n.name) < last]
             if senders:
                 result = P.path_patching(model, pairs, senders, at, progress=False)
                 means = abs(result.difference).mean("pair").values.reshape(-1)
                 for site, mean in zip(result.sites, means, strict=True):
                     if mean > 0.3:
-                        found.add((site.name, receiver))
+                        found.add((site.name, receiver, leaf))
     nodes = {node.name for node in card.nodes}
     between = {edge for edge in told if edge[0] in nodes}
     silent = {n.name for n in card.nodes if n.role == "backup"}
     assert found == {e for e in between if not silent & set(e)}
-    assert {end for edge in told for end in edge} >= nodes
+    assert {end for edge in told for end in edge[:2]} >= nodes
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "albef" not in n])
@@ -117,16 +118,14 @@ def test_the_reader_attends_to_what_the_noun_names(name):
 
 
 def test_nothing_but_the_circuit_sees_the_image():
-    """Every other head and MLP of text and answer says the same of every image."""
+    """Every other head and MLP of the question, up to the reader, says the same of all images."""
     for name in ("planted-blip-reader", "planted-albef-reader"):
         model, card = planted.load(name)
         stacks = [site.name for site in model.sites(list(card.sites)) if site.stack != "vision"]
         behind = {node.name for node in card.nodes}
-        texts = {"planted-blip-reader": "what color is the circle?"}
         seen = []
         for scene in planted.scenes(2, 4):
-            text = texts.get(name, "what color is the circle?")
-            inputs = model.prepare([scene.image()], [text])
+            inputs = model.prepare([scene.image()], ["what color is the circle?"])
             seen.append(model.run_with_cache(**inputs, names_filter=stacks)[1])
         reader = next(node.name for node in card.nodes if node.role == "reader")
         early = [n for n in stacks if model.order_of(n) <= model.order_of(reader)]
@@ -198,7 +197,13 @@ def test_bad_cards_are_refused_by_name(tmp_path):
     refused(r"mine/card.json' is the card of other weights than model.safetensors.*0000.*build")
     node = card["nodes"][1]
     write(nodes=[node | {"name": "text.blocks.7.cross_attn.heads.0.hook_z"}])
-    refused("the card of 'planted-blip-reader' names 'text.blocks.7.cross_attn.heads.0.hook_z'")
+    refused("the card of 'planted-blip-reader' names 'text.blocks.7.cross_attn.heads.0.hook_z', no")
+    write(nodes=[node | {"name": "text.blocks.0.attn.hook_z"}])
+    refused("names 'text.blocks.0.attn.hook_z', none of its sites")
+    write(nodes=[node | {"carries": ["imgae"]}])
+    refused(r"carries \['imgae'\]; known are image, text")
+    write(nodes=["x"])
+    refused(r"mine/card.json' is no card of a planted model")
     write(nodes=[{"name": "x"}])
     refused(r"mine/card.json' is no card of a planted model: .*role")
     (folder / "card.json").write_text("{")

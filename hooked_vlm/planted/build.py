@@ -76,7 +76,7 @@ def make(name: str, seed: int = 0) -> tuple[HookedVLM, Card]:
         distractors=tuple(made.distractors),
         seed=seed,
     )
-    check_names(card, model.hook_names(heads=True))
+    check_names(card, [site.name for site in model.sites(list(card.sites))])
     return model, card
 
 

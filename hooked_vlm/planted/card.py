@@ -29,7 +29,7 @@ class Node:
     name: str
     role: str
     does: str
-    carries: tuple[Corruption, ...] = CORRUPTIONS
+    carries: tuple[str, ...] = CORRUPTIONS
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def read(folder: Path) -> Card:
         raise FileNotFoundError(f"{str(folder)!r} has no {FILE}: it is no planted model")
     try:
         card = _card(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(file)!r} is no card of a planted model: {error}") from error
     digest = sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     if digest != card.weights:
@@ -156,14 +156,27 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def check_names(card: Card, names: Sequence[str]) -> None:
+def check_names(card: Card, sites: Sequence[str]) -> None:
     """Refuses a card that names what its model does not have.
 
+    Args:
+        card: the card.
+        sites: the names of its `sites` in the model.
+
     Raises:
-        ValueError: a node, a distractor or an end of an edge.
+        ValueError: a node, a distractor or an end of an edge that is none of its sites; a node that
+            carries something else than the image or the text.
     """
+    for node in card.nodes:
+        if not node.carries or set(node.carries) - set(CORRUPTIONS):
+            raise ValueError(
+                f"the card of {card.name!r} says that {node.name!r} carries {list(node.carries)}; "
+                f"known are {', '.join(CORRUPTIONS)}"
+            )
     ends = {end for edge in card.edges for end in (edge.sender, edge.receiver)}
     named = {node.name for node in (*card.nodes, *card.distractors)}
-    unknown = sorted((named | ends - {"image", "text"}) - set(names))
+    unknown = sorted((named | ends - {"image", "text", "hook_logits"}) - set(sites))
     if unknown:
-        raise ValueError(f"the card of {card.name!r} names {unknown[0]!r}, which its model lacks")
+        raise ValueError(
+            f"the card of {card.name!r} names {unknown[0]!r}, none of its sites in the model"
+        )

@@ -52,7 +52,7 @@ def load(name: str | Path, *, verify: bool = False) -> tuple[HookedVLM, Card]:
     folder = Path(name) if Path(name).is_dir() else path(str(name))
     card = read(folder)
     model = HookedVLM.from_pretrained(folder)
-    check_names(card, model.hook_names(heads=True))
+    check_names(card, [site.name for site in model.sites(list(card.sites))])
     if verify:
         proof.check(proof.measure(model, card, N_VERIFY, SEED))
     return model, card

@@ -42,7 +42,7 @@ def _add(
     stack: str = "text",
     layer: int | None = None,
     carries: Sequence[Corruption] = CORRUPTIONS,
-    rest: float = 0,
+    rest: float = 0.0,
     bias: Mapping[int, float] | None = None,
     q: Sequence[Reads] = (),
     k: Sequence[Reads] = (),
@@ -71,7 +71,7 @@ def _add(
         constant[at] = value
     if rest:
         constant[-1] = rest * attention.d_head**0.5 / eye.CLASS
-        k = [*k, Reads(making.seen["class"], 1, attention.d_head - 1)]
+        k = [*k, Reads(making.seen["class"], 1.0, attention.d_head - 1)]
     set_head(attention, head, q=q, k=k, v=v, o=o, bias={"q": constant})
     return Node(name, role, does, tuple(carries))
 
@@ -90,9 +90,9 @@ def _reader(
     *,
     layer: int | None = None,
     carries: Sequence[Corruption] = CORRUPTIONS,
-    sharp: float = 1,
-    loud: float = 1,
-    share: float = 1,
+    sharp: float = 1.0,
+    loud: float = 1.0,
+    share: float = 1.0,
     into: str = "color",
     q: Sequence[Reads] = (),
     v: Sequence[Reads] = (),
@@ -168,8 +168,8 @@ def distractors(making: Making) -> None:
             "the same, with scores four times and activations five times as large",
             into="decoy",
             share=0.4,
-            sharp=4,
-            loud=5,
+            sharp=4.0,
+            loud=5.0,
         ),
     ]
 
@@ -196,7 +196,7 @@ def backup(making: Making) -> None:
         "primary",
         "a reader that also writes that it read",
         layer=0,
-        v=[Reads(seen["patch"], 1, n)],
+        v=[Reads(seen["patch"], 1.0, n)],
         o=[Reads(said["done"], WRITTEN, n)],
     )
     second = _reader(
@@ -218,11 +218,11 @@ def outlier(making: Making) -> None:
         _add(
             making,
             "outlier",
-            "attends to one and the same patch from everywhere, and writes the same",
+            "attends to one and the same patch from everywhere, and writes where nothing reads",
             carries=(),
-            bias={0: _gain(making, 2 * MATCH, long=1)},
+            bias={0: _gain(making, 2 * MATCH, long=1.0)},
             k=[Reads(cell)],
-            v=[Reads(cell, 5)],
+            v=[Reads(cell, 5.0)],
             o=[Reads(making.said["junk"][:1], WRITTEN / 5)],
         )
     )
@@ -273,8 +273,10 @@ def build(model: Any, circuit: str, seen: Basis, generator: torch.Generator) -> 
         if node is not EYE and node.role != "copier":
             making.edges.append(Edge("text", node.name, "q", "the kind that is named"))
         if node is not EYE:
-            making.edges.append(Edge(EYE.name, node.name, "k,v", "what the patches show"))
+            through = {"finder": "k", "copier": "v"}.get(node.role, "k,v")  # cells say their own
+            making.edges.append(Edge(EYE.name, node.name, through, "what the patches show"))
     making.edges += [Edge(node.name, answerer.name, "v", "the color") for node in writers]
+    making.edges.append(Edge("text", answerer.name, "k", "where the noun is"))
     making.edges.append(Edge(answerer.name, "hook_logits", "", "the color"))
     making.nodes.append(answerer)
     _speak(making)
@@ -316,7 +318,7 @@ def _name(making: Making) -> None:
     model, said = making.model, making.said
     ids = dict(zip(KINDS, model.tokenizer.convert_tokens_to_ids(list(KINDS)), strict=True))
     table = model.text.embed.weight
-    table.data = mixed(said["filler"], len(table), making.generator, 5)
+    table.data = mixed(said["filler"], len(table), making.generator, 5.0)
     for number, kind in enumerate(KINDS):
         table.data[ids[kind]] += NAMED * said["kind"][number] + 3 * said["noun"][0]
 
@@ -330,7 +332,7 @@ def _speak(making: Making) -> None:
     neurons = torch.randperm(d_model, generator=drawn)[:n]
     unembed.dense.weight.data[neurons] = SHOWN * color
     unembed.dense.bias.data[neurons] = LEVEL
-    table.data = mixed(making.said["filler"], len(table), drawn, 5)
+    table.data = mixed(making.said["filler"], len(table), drawn, 5.0)
     table.data[:, neurons] = 0
     ids = model.tokenizer.convert_tokens_to_ids(list(COLORS))
     table.data[ids] = 2 * torch.eye(d_model)[neurons]

@@ -64,13 +64,13 @@ FAILURES = (
     ),
     Failure(
         ("attribution patching", "integrated gradients"),
-        ("eye", "finder", "mover", "copier"),
+        ("eye", "finder", "mover"),
         "The attention that these nodes steer is saturated: a head looks at one patch and no other,"
         " and the slope of a softmax is 0 there, however much a patch at its keys or queries would"
         " change. The corrupt image exchanges the kinds of the shapes alone, which keys read; the"
-        " finder and the mover are read by queries. The mean over runs between the two passes the"
-        " places where attention turns, and finds more of them; with eight steps it may step over"
-        " one. What reaches the answer through values is found by both.",
+        " finder and the mover are read by queries. The mean over eight runs between the two passes"
+        " the places where attention turns, and finds the eye more often; a turn between two steps"
+        " it does not see. What reaches the answer through values is found by both.",
     ),
     Failure(
         ("greedy circuit",),
@@ -101,8 +101,8 @@ FAILURES = (
     Failure(
         ("mean attention",),
         ("",),
-        "The mean over heads and positions is that of all that attend, of which one head looks at"
-        " the shape, from one word. The others drown it: where it points, it points by chance, or"
-        " to the outlier's patch.",
+        "The mean over heads and positions is that of all that attend, of which one or two heads"
+        " look at the shape, from one word. The others drown them, more or less: nowhere does the"
+        " shape's cell get a fifth of the mass, where an even share is a ninth.",
     ),
 )

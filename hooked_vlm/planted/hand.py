@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hooked_vlm.components.attention import Attention
 from hooked_vlm.components.norm import LayerNorm, RMSNorm
 
-Directions = Float[Tensor, "n d_model"]
+Directions = Float[Tensor, "_ d_model"]  # some of them, each of length 1
 
 
 class Basis:

@@ -13,7 +13,7 @@ from hooked_vlm import patching as P
 from hooked_vlm.data import Pair
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.names import Site
-from hooked_vlm.patching.cells import Swept, module_of
+from hooked_vlm.patching.cells import module_of
 from hooked_vlm.patching.places import Locator, as_place
 
 KINDS = ("ranker", "map")
@@ -133,7 +133,8 @@ def _paths(problem: Problem) -> dict[str, float]:
         scores = scores_of(result)
         for name, score in scores.items():
             found[name] = max(found[name], score)
-        new = [name for name in named(scores) if name not in seen]
+        enough = NAMES * max(found.values())  # of all rounds: the last ones find but rounding
+        new = [name for name in named(scores) if name not in seen and scores[name] >= enough]
         seen.update(new)
         receivers = [point for name in new for point in _inputs(model, name)]
     return found
@@ -182,13 +183,14 @@ def _ablated(problem: Problem, intervention: P.Intervention) -> P.PatchingResult
 
 @register("raw attention")
 def _attention(problem: Problem) -> dict[str, float]:
-    """A head's largest attention to a patch, from any position; what everybody looks at first."""
+    """A head's largest attention to a patch, above an even share; what everybody looks at first."""
     found = {site.name: 0.0 for site in problem.sites}
-    for patterns in _looks(problem):
+    for patterns, keys in _looks(problem):
         for name, pattern in patterns.items():
-            for head, weights in enumerate(pattern):
+            for head, weights in enumerate(pattern - 1 / keys[name]):
                 stem = name.removesuffix("hook_pattern")
-                found[f"{stem}heads.{head}.hook_z"] += float(weights.max()) / len(problem.pairs)
+                site = f"{stem}heads.{head}.hook_z"
+                found[site] += max(0.0, float(weights.max())) / len(problem.pairs)
     return found
 
 
@@ -196,7 +198,7 @@ def _attention(problem: Problem) -> dict[str, float]:
 def _mean_attention(problem: Problem) -> np.ndarray:
     """The mean over all heads and positions that see the image."""
     maps = []
-    for patterns in _looks(problem):
+    for patterns, _ in _looks(problem):
         seen = torch.stack([pattern.mean((0, 1)) for pattern in patterns.values()]).mean(0)
         side = int(len(seen) ** 0.5)
         maps.append(seen.view(side, side).numpy())
@@ -204,8 +206,11 @@ def _mean_attention(problem: Problem) -> np.ndarray:
 
 
 @torch.no_grad()
-def _looks(problem: Problem) -> list[dict[str, torch.Tensor]]:
-    """For each clean input the attention of texts to patches, [head, query, patch] by pattern."""
+def _looks(problem: Problem) -> list[tuple[dict[str, torch.Tensor], dict[str, int]]]:
+    """For each clean input the attention of texts to patches, and how many keys there are.
+
+    Patterns are [head, query, patch], by name; of a LLaVA queries are those behind the image.
+    """
     model, found = problem.model, []
     modules = {module_of(site.name) for site in problem.sites}
     names = [
@@ -217,15 +222,16 @@ def _looks(problem: Problem) -> list[dict[str, torch.Tensor]]:
         inputs = model.prepare(pair.images[:1], (pair.texts or [])[:1])
         base = model.base_run(**inputs, names_filter=names)
         locator = Locator(model, base, inputs)
-        patterns = {}
+        patterns, keys = {}, {}
         for name in names:
             value = base.cache[name][0]
             stack = locator.stack(name, keys=True)
             if model.task != "llava" and stack != "vision":
                 continue  # it reads a text
             at = list(locator.find(as_place("image"), stack, value.shape[-1], name))
-            patterns[name] = value[..., at]
-        found.append(patterns)
+            behind = max(at) + 1 if model.task == "llava" else 0
+            patterns[name], keys[name] = value[:, behind:, at], value.shape[-1]
+        found.append((patterns, keys))
     return found
 
 
@@ -234,12 +240,8 @@ def _looks(problem: Problem) -> list[dict[str, torch.Tensor]]:
 
 def scores_of(result: P.PatchingResult) -> dict[str, float]:
     """The size of each site's mean effect over pairs."""
-    means = abs(result.difference.mean("pair").values.reshape(-1))
-    return {_name(site): float(mean) for site, mean in zip(result.sites, means, strict=True)}
-
-
-def _name(site: Swept) -> str:
-    return site.name
+    means = abs(result.difference.mean("pair", skipna=False).values.reshape(-1))
+    return {site.name: float(mean) for site, mean in zip(result.sites, means, strict=True)}
 
 
 def named(scores: Mapping[str, float]) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from rich import box
 from rich.table import Table
 
 from hooked_vlm.planted.failures import FAILURES, Failure
@@ -16,7 +18,7 @@ COLUMNS = {
     "method": "method",
     "precision": "precision",
     "recall": "recall",
-    "rank": "last node's rank",
+    "rank": "last node's rank (best)",
     "accused": "distractors named",
     "missed": "missed",
     "wrong": "named wrongly",
@@ -27,21 +29,23 @@ MAPS = {
     "method": "method",
     "corrupt": "corrupt",
     "mass": "mass in the shape's cell",
-    "pointing": "largest value there",
+    "pointing": "most of all cells",
     "cost": "forward passes",
 }
 
 
 def table(frame: pd.DataFrame) -> Table:
-    """All rows, for a terminal."""
-    made = Table("model", "corrupt", *COLUMNS.values(), "mass")
-    for row in frame.to_dict("records"):
-        made.add_row(
-            row["model"],
-            row["corrupt"],
-            *(_cell(row, name) for name in COLUMNS),
-            _cell(row, "mass"),
-        )
+    """All rows, for a terminal: a section for each model and corruption."""
+    made = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for head in ("", "prec.", "recall", "rank", "accused", "missed", "mass", "passes"):
+        made.add_column(head, no_wrap=head != "missed")
+    for (model, corrupt), rows in frame.groupby(["model", "corrupt"], sort=False):
+        made.add_row(f"[bold]{model}[/]")
+        made.add_row(f"[dim]{corrupt} corrupted[/]")
+        for row in _rows(rows):
+            names = ("method", "precision", "recall", "rank", "accused", "missed", "mass", "cost")
+            made.add_row(*(_cell(row, name) for name in names))
+        made.add_section()
     return made
 
 
@@ -98,7 +102,7 @@ def _cell(row: dict[str, object], column: str) -> str:
     if isinstance(value, float) and value != value:
         return ""
     if column == "rank":
-        return f"{value:.0f} (best {row['n_nodes']})"
+        return f"{value:.0f} ({row['n_nodes']})"
     if column == "cost":
         return f"{value:.1f}"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
@@ -108,9 +112,14 @@ def save(frame: pd.DataFrame, file: str | Path) -> None:
     """Writes the table as Parquet, whole or not at all."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
+    _replace(file, lambda part: frame.to_parquet(part, index=False))
+
+
+def _replace(file: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file, whole or not at all."""
     part = file.with_name(f"{file.name}.part")
     try:
-        frame.to_parquet(part, index=False)
+        write(part)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
@@ -132,7 +141,7 @@ def check(page: str | Path) -> None:
         ValueError: it lacks the marks.
     """
     text = Path(page).read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise ValueError(f"{str(page)!r} lacks the marks {BEGIN!r} and {END!r}")
 
 
@@ -147,4 +156,4 @@ def write(frame: pd.DataFrame, page: str | Path) -> None:
     page = Path(page)
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     made = f"{before}{BEGIN}\n\n{markdown(frame)}\n{END}{rest.split(END)[1]}"
-    page.write_text(made, encoding="utf-8")
+    _replace(page, lambda part: part.write_text(made, encoding="utf-8"))

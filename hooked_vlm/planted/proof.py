@@ -12,7 +12,9 @@ from hooked_vlm.planted.world import pairs
 
 RIGHT = 0.97  # at least so many answers are right
 SUFFICES = 0.01  # by how much resampling all that is no node may lower that
-GUESSED = 0.35  # at most so many are right by chance: one in six, and the error of a small sample
+# At most so many are right by chance: one in six, of a node that says which of four kinds is named
+# three in ten, for it may be the same one again; and the error of a sample.
+GUESSED = 0.5
 
 
 def trials(card: Card) -> tuple[Trial, ...]:
@@ -29,7 +31,7 @@ def trials(card: Card) -> tuple[Trial, ...]:
     for node in card.distractors:
         found += [one(node.role, [node.name], True, by) for by in ("resample", "zero")]
     by_role = {node.role: node.name for node in card.nodes}
-    if "backup" in by_role:
+    if {"primary", "backup"} <= set(by_role):
         first, second = by_role["primary"], by_role["backup"]
         found.append(one("primary", [first], True, "zero"))
         found.append(one("primary and backup", [first, second], False, "zero"))

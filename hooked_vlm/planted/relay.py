@@ -60,7 +60,7 @@ def _add(
         attention,
         head,
         q=[Reads(said[q], matched), Reads(said["one"], root * REST / (FLAG * 2 * FLAG), n)],
-        k=[Reads(said[k]), Reads(said["start"], 1, n)],
+        k=[Reads(said[k]), Reads(said["start"], 1.0, n)],
         v=[Reads(said[v])],
         o=[Reads(said[o], WRITTEN)],
         dims=slow,
@@ -195,7 +195,7 @@ def _name(making: Making) -> None:
     """Embeds words, and makes logits of the colors."""
     model, said, drawn = making.model, making.said, making.generator
     table, unembed = model.text.embed.weight, model.unembed.weight
-    table.data = mixed(said["filler"], len(table), drawn, 4) + FLAG * said["one"]
+    table.data = mixed(said["filler"], len(table), drawn, 4.0) + FLAG * said["one"]
     for number, kind in enumerate(KINDS):
         noun = NAMED * said["kind"][number] + FLAG * said["noun"][0]
         table.data[model.to_single_token(kind)] += noun

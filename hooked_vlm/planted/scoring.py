@@ -17,10 +17,11 @@ from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.sketch import measured
 from hooked_vlm.planted import catalogue, world
 from hooked_vlm.planted.card import Card
-from hooked_vlm.planted.methods import METHODS, Method, Problem, named, scores_of
+from hooked_vlm.planted.methods import KINDS, METHODS, Method, Problem, named, scores_of
 from hooked_vlm.planted.world import CORRUPTIONS, Corruption
 
 N_PAIRS, SEED = 8, 0
+ROUNDING = 1e-3  # shares of the largest score below this are none
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Score:
         wrong: what it names that is no node, distractors by their role.
         mass: of a map, the share that lies in the cell of the shape that is asked for, averaged
             over pairs; NaN of a ranker.
-        pointing: of a map, the share of pairs whose largest value lies there.
+        pointing: of a map, the share of pairs in which no other cell has as much.
         cost: forward passes that a pair takes: the multiplications of all that is run for the first
             pair alone, backward passes included, over those of a pass of one input.
         seconds: what it took; the only number that depends on the machine.
@@ -100,9 +101,14 @@ def validate(
         KeyError: a method or a model that there is not.
         ValueError: a method that gives something else than it should.
     """
+    for given in (methods, models):
+        if isinstance(given, str):
+            raise ValueError(f"give names in a list: [{given!r}]")
     chosen = [_known(METHODS, name, "method") for name in methods or METHODS]
     rows = []
     tasks = [(name, what) for name in models or catalogue.names() for what in corrupt]
+    for name, _ in tasks:
+        catalogue.path(name)
     for name, what in tqdm(tasks, desc="validating", unit="model", disable=not progress):
         model, card = catalogue.load(name)
         rows += [asdict(one) for one in _scores(chosen, model, card, what, n, seed)]
@@ -124,7 +130,7 @@ def score(
         run: the method, as for `register`, or a registered one's name.
         model: a planted model's name.
         corrupt: what is corrupt in the pairs.
-        kind: of a function, `ranker` or `map`.
+        kind: of a function, `ranker` or `map`; a registered method has its own.
         n: pairs.
         seed: of the pairs.
 
@@ -132,6 +138,8 @@ def score(
         KeyError: a method or a model that there is not.
         ValueError: a method that gives something else than it should.
     """
+    if kind not in KINDS:
+        raise ValueError(f"kind is 'ranker' or 'map', not {kind!r}")
     if isinstance(run, str):
         method = _known(METHODS, run, "method")
     else:
@@ -155,6 +163,8 @@ def _scores(
     n: int,
     seed: int,
 ) -> list[Score]:
+    if n < 1:
+        raise ValueError(f"n is at least 1 pair, not {n}")
     capital = model.task == "llava"
     pairs, others = (
         world.pairs(n, one, corrupt, capital=capital) for one in (2 * seed, 2 * seed + 1)
@@ -212,7 +222,10 @@ def _ranking(given: Any, problem: Problem, where: str) -> tuple[list[str], dict[
                 f"{where} {what} {len(some)} of the sites, {min(some)!r} first; give a score for "
                 "each of problem.sites"
             )
-    scores = {name: abs(float(given[name])) for name in given}
+    try:
+        scores = {name: abs(float(given[name])) for name in given}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where} gives scores that are no single numbers: {error}") from error
     if bad := [name for name, value in scores.items() if not np.isfinite(value)]:
         raise ValueError(f"{where} gives no number at {len(bad)} sites, {bad[0]!r} first")
     return named(scores), scores
@@ -226,6 +239,8 @@ def _ranked(
     right = [name for name in chosen if name in roles]
     rank = float("nan")
     if scores is not None:  # sites of one score share the worse rank
+        least = ROUNDING * max(scores.values())
+        scores = {name: value if value > least else 0.0 for name, value in scores.items()}
         values = np.array([scores[name] for name in scores if name in truth or name not in roles])
         rank = float(max((values >= scores[name]).sum() for name in truth))
     return {
@@ -248,7 +263,10 @@ def _map(given: Any, n: int, where: str) -> np.ndarray:
         ValueError: other dimensions, a side that the grid does not divide, negative numbers, NaN,
             or nothing at all.
     """
-    array = np.asarray(given, dtype=float)
+    try:
+        array = np.asarray(given, dtype=float)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where} gives no array of numbers: {error}") from error
     if array.ndim != 3 or len(array) != n or any(side % world.GRID for side in array.shape[1:]):
         raise ValueError(
             f"{where} gives {list(array.shape)}; a map is [pair, row, column], here of {n} pairs, "
@@ -263,7 +281,7 @@ def _mapped(array: np.ndarray, cells: list[int]) -> dict[str, Any]:
     n, side = len(array), world.GRID
     by_cell = array.reshape(n, side, array.shape[1] // side, side, array.shape[2] // side)
     sums = by_cell.sum((2, 4)).reshape(n, -1)
-    nan = float("nan")
+    nan, mine = float("nan"), sums[np.arange(n), cells]
     return {
         "precision": nan,
         "recall": nan,
@@ -272,6 +290,6 @@ def _mapped(array: np.ndarray, cells: list[int]) -> dict[str, Any]:
         "accused": 0,
         "missed": (),
         "wrong": (),
-        "mass": float((sums[np.arange(n), cells] / sums.sum(1)).mean()),
-        "pointing": float((sums.argmax(1) == cells).mean()),
+        "mass": float((mine / sums.sum(1)).mean()),
+        "pointing": float(((sums >= mine[:, None] - ROUNDING * mine[:, None]).sum(1) == 1).mean()),
     }
