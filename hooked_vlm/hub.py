@@ -57,7 +57,7 @@ def locate(name_or_path: str | Path, *, weights: bool = True, **download: Any) -
         weights_conversion.ConversionError: an index of shards that is none, or a part of a model.
     """
     name = str(name_or_path)
-    path = _packaged().get(name, Path(name).expanduser())
+    path = packaged(*KINDS).get(name, Path(name).expanduser())
     if path.is_file():
         return Located(name, [path], None, None)
     if path.is_dir():
@@ -71,10 +71,10 @@ def locate(name_or_path: str | Path, *, weights: bool = True, **download: Any) -
     return _hub(name, weights, download)
 
 
-def _packaged() -> dict[str, Path]:
-    """The folders of the checkpoints that come with the library: toys, and planted models."""
+def packaged(*kinds: str) -> dict[str, Path]:
+    """The folders of the checkpoints that come with the library, of `KINDS`, by name."""
     here = Path(__file__).parent
-    found = [config.parent for kind in KINDS for config in here.glob(f"{kind}/*/config.json")]
+    found = [config.parent for kind in kinds for config in here.glob(f"{kind}/*/config.json")]
     return {folder.name: folder for folder in sorted(found)}
 
 
@@ -127,7 +127,7 @@ def _hub(name: str, weights: bool, download: dict[str, Any]) -> Located:
             if isinstance(error, EntryNotFoundError) and file != "config.json":
                 return None
             raise FileNotFoundError(
-                f"{name!r} is no packaged toy or planted model ({', '.join(_packaged())}), no "
+                f"{name!r} is no packaged toy or planted model ({', '.join(packaged(*KINDS))}), no "
                 f"folder or file here, and the Hub gave nothing: {error}"
             ) from error
 

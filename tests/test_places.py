@@ -1,28 +1,13 @@
 """Where a sweep writes: regions, roles, windows."""
 
-import functools
-
 import numpy as np
 import pytest
-from zoo import BLIP, QUIET, built
+from zoo import ITM, QUIET, built, margin, toy
 
-from hooked_vlm import HookedBLIP, HookedLlava
 from hooked_vlm import patching as P
 from hooked_vlm.data import Pair, read_pairs, shapes_pairs
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-HEADS = "text.blocks.*.cross_attn.heads.*.hook_z"
-ITM = next(member for member in BLIP if member.task == "itm")
-
-
-@functools.cache
-def toy(name):
-    return (HookedLlava if "llava" in name else HookedBLIP).from_pretrained(name)
-
-
-def margin(logits):
-    return logits[:, 1] - logits[:, 0]
 
 
 def seen_positions(model, inputs, site, place, **roles):

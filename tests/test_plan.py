@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from whole_zoo import FUSED, ZOO
-from zoo import BLIP, QUIET, built
+from zoo import HEADS, ITM, QUIET, built, margin, toy
 
 from hooked_vlm import HookedBLIP, HookedLlava
 from hooked_vlm import patching as P
@@ -16,18 +16,6 @@ from hooked_vlm.data import shapes_pairs
 from hooked_vlm.models.sketch import measured
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-HEADS = "text.blocks.*.cross_attn.heads.*.hook_z"
-ITM = next(member for member in BLIP if member.task == "itm")
-
-
-@functools.cache
-def toy(name):
-    return (HookedLlava if "llava" in name else HookedBLIP).from_pretrained(name)
-
-
-def margin(logits):
-    return logits[:, 1] - logits[:, 0]
 
 
 @pytest.mark.parametrize("member", ZOO, ids=str)

@@ -21,7 +21,7 @@ CIRCUITS = ("reader", "two-steps", "distractors", "cancelling", "backup", "outli
 
 
 def pairs_of(model, n, seed, corrupt="image"):
-    return planted.pairs(n, seed, corrupt, capital=model.task == "llava")
+    return planted.pairs(n, seed, corrupt, task=model.task)
 
 
 def test_the_catalogue_is_whole():

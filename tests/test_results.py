@@ -1,31 +1,16 @@
 """Results: labels, shares, intervals, tables, files."""
 
-import functools
-
 import numpy as np
 import pytest
 import xarray as xr
-from zoo import BLIP, QUIET, built
+from zoo import HEADS, ITM, QUIET, built, toy
 
-from hooked_vlm import HookedBLIP, HookedLlava
 from hooked_vlm import patching as P
 from hooked_vlm.data import shapes_pairs
 from hooked_vlm.models.names import Site
 from hooked_vlm.patching.result import PatchingResult, label
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-HEADS = "text.blocks.*.cross_attn.heads.*.hook_z"
-ITM = next(member for member in BLIP if member.task == "itm")
-
-
-@functools.cache
-def toy(name):
-    return (HookedLlava if "llava" in name else HookedBLIP).from_pretrained(name)
-
-
-def margin(logits):
-    return logits[:, 1] - logits[:, 0]
 
 
 def result_of(values, clean, corrupt, names, positions=None, direction="denoise", pairs=None):

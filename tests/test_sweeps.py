@@ -1,31 +1,16 @@
 """Interventions and metrics of sweeps, and what is refused."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from zoo import BLIP, QUIET, built
+from zoo import HEADS, ITM, QUIET, built, margin, toy
 from zoo_llava import LLAVA
 
-from hooked_vlm import HookedBLIP, HookedLlava
 from hooked_vlm import patching as P
 from hooked_vlm.data import shapes_pairs
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-HEADS = "text.blocks.*.cross_attn.heads.*.hook_z"
-ITM = next(member for member in BLIP if member.task == "itm")
-
-
-@functools.cache
-def toy(name):
-    return (HookedLlava if "llava" in name else HookedBLIP).from_pretrained(name)
-
-
-def margin(logits):
-    return logits[:, 1] - logits[:, 0]
 
 
 def test_all_heads_together_are_their_module():

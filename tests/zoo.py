@@ -331,3 +331,16 @@ PARITY = [Member("itm", TINY), Member("captioning", TINY), Member("vqa", EQUAL)]
 PARITY += [Member("itm", DEEP), Member("captioning", DEEP), Member("vqa", EQUAL_DEEP)]
 FULL = [Member(task, size) for task in ("itm", "captioning") for size in (BASE, LARGE)]
 FULL += [Member("vqa", BASE)]
+
+
+HEADS = "text.blocks.*.cross_attn.heads.*.hook_z"
+ITM = next(member for member in BLIP if member.task == "itm")
+
+
+@functools.cache
+def toy(name):
+    return HookedVLM.from_pretrained(name)
+
+
+def margin(logits):
+    return logits[:, 1] - logits[:, 0]

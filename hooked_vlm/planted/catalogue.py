@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hooked_vlm.hub import packaged
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.planted import proof
 from hooked_vlm.planted.card import Card, check_names, read
@@ -19,7 +20,7 @@ def names() -> tuple[str, ...]:
         >>> "planted-blip-reader" in names()
         True
     """
-    return tuple(sorted(card.parent.name for card in HERE.glob("*/card.json")))
+    return tuple(packaged("planted"))
 
 
 def path(name: str) -> Path:
@@ -33,7 +34,7 @@ def path(name: str) -> Path:
     """
     if name not in names():
         raise KeyError(f"no planted model {name!r}; known are {', '.join(names())}")
-    return HERE / name
+    return packaged("planted")[name]
 
 
 def load(name: str | Path, *, verify: bool = False) -> tuple[HookedVLM, Card]:

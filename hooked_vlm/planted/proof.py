@@ -48,9 +48,7 @@ def measure(model: Any, card: Card, n: int, seed: int, *, progress: bool = False
         seed: of these, and of those that are resampled from.
         progress: whether to show bars.
     """
-    capital = model.task == "llava"
-    asked = pairs(n, seed, capital=capital)
-    others = pairs(n, seed + 1, capital=capital)
+    asked, others = (pairs(n, one, task=model.task) for one in (seed, seed + 1))
     nodes = {node.name for node in card.nodes}
     claims = trials(card)
     outside = [one.name for one in model.sites(list(card.sites)) if one.name not in nodes]

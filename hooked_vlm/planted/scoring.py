@@ -165,9 +165,8 @@ def _scores(
 ) -> list[Score]:
     if n < 1:
         raise ValueError(f"n is at least 1 pair, not {n}")
-    capital = model.task == "llava"
     pairs, others = (
-        world.pairs(n, one, corrupt, capital=capital) for one in (2 * seed, 2 * seed + 1)
+        world.pairs(n, one, corrupt, task=model.task) for one in (2 * seed, 2 * seed + 1)
     )
     problem = Problem(model, pairs, others, list(model.sites(list(card.sites))))
     cells = [world.cell_of(scene.first) for scene in world.scenes(n, 2 * seed)]

@@ -41,7 +41,7 @@ def question(shape: Shape) -> str:
     return f"what color is the {shape.kind}?"
 
 
-def pairs(n: int, seed: int, corrupt: Corruption = "image", *, capital: bool = False) -> list[Pair]:
+def pairs(n: int, seed: int, corrupt: Corruption = "image", *, task: str = "vqa") -> list[Pair]:
     """Pairs of questions about a scene's first shape that have different answers.
 
     Args:
@@ -50,7 +50,7 @@ def pairs(n: int, seed: int, corrupt: Corruption = "image", *, capital: bool = F
         corrupt: `image`: in the corrupt image the two shapes have exchanged their kinds, so that
             the colour that is asked for stands in the other cell; `text`: the corrupt question is
             about the other shape. Either way answer and foil are the colours of the two.
-        capital: whether questions begin with a capital letter, as those of LLaVA do.
+        task: of the model; questions to a `llava` begin with a capital letter.
 
     Raises:
         ValueError: another corruption.
@@ -61,7 +61,7 @@ def pairs(n: int, seed: int, corrupt: Corruption = "image", *, capital: bool = F
     for number, scene in enumerate(scenes(n, seed)):
         one, other = scene.shapes
         asked, about_other = question(one), question(other)
-        if capital:
+        if task == "llava":
             asked, about_other = asked.capitalize(), about_other.capitalize()
         swapped = replace(
             scene, first=replace(one, kind=other.kind), second=replace(other, kind=one.kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_HERE = Path(__file__).parent
+from hooked_vlm.hub import packaged
 
 
 def names() -> tuple[str, ...]:
@@ -14,7 +14,7 @@ def names() -> tuple[str, ...]:
         >>> "toy-blip-itm" in names()
         True
     """
-    return tuple(sorted(config.parent.name for config in _HERE.glob("*/config.json")))
+    return tuple(packaged("toys"))
 
 
 def path(name: str) -> Path:
@@ -32,4 +32,4 @@ def path(name: str) -> Path:
     """
     if name not in names():
         raise KeyError(f"no toy {name!r}; the packaged toys are {', '.join(names())}")
-    return _HERE / name
+    return packaged("toys")[name]
