@@ -222,6 +222,20 @@ def test_bad_cards_are_refused_by_name(tmp_path):
         planted.load("planted-blip-raeder")
 
 
+def test_a_second_reader_that_the_card_does_not_name_breaks_the_proof():
+    model, card = planted.load("planted-blip-reader")
+    name = next(node.name for node in card.nodes if node.role == "reader")
+    layer, head = int(name.split(".")[2]), int(name.split(".")[5])
+    attention = model.text.blocks[layer].cross_attn
+    size = attention.d_head
+    own, other = (slice(at * size, (at + 1) * size) for at in (head, (head + 1) % 4))
+    for linear in (attention.q, attention.k, attention.v):
+        linear.weight[other], linear.bias[other] = linear.weight[own], linear.bias[own]
+    attention.o.weight[:, other] = attention.o.weight[:, own]
+    with pytest.raises(ValueError, match=r"the proof of 'planted-blip-reader' fails: all outside"):
+        proof.check(proof.measure(model, card, 40, seed=5))
+
+
 def test_planted_models_open_by_name_and_verify():
     assert HookedVLM.from_pretrained("planted-llava-relay").task == "llava"
     _, card = planted.load("planted-llava-relay", verify=True)

@@ -138,6 +138,18 @@ def test_what_gives_something_else_is_refused_by_name(gives, kind, says):
         planted.score(gives, READER, kind=kind, n=2)
 
 
+def test_a_result_with_a_missing_pair_is_refused():
+    def partly(problem):
+        found = P.activation_patching(problem.model, problem.pairs, problem.sites, progress=False)
+        found.data[0, 0] = float("nan")
+        return found
+
+    with pytest.raises(
+        ValueError, match="'partly' on 'planted-blip-reader' gives no number at 1 s"
+    ):
+        planted.score(partly, READER, n=2)
+
+
 def test_a_method_joins_by_one_registration(monkeypatch):
     monkeypatch.setattr(methods, "METHODS", dict(planted.METHODS))
     monkeypatch.setattr(scoring, "METHODS", methods.METHODS)
