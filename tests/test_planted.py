@@ -41,14 +41,28 @@ def test_the_proof_holds_on_other_questions(name):
     assert {one.what for one in again.proof} >= {"nothing is replaced", "all outside"}
     assert {node.role for node in card.nodes} <= {one.what for one in again.proof}
     for ours, stored in zip(again.proof, card.proof, strict=True):
-        assert stored.holds and abs(ours.accuracy - stored.accuracy) < 0.2  # 4 deviations of 60
-    assert card.n == 500 and card.proof[0].accuracy == 1
+        assert stored.holds and abs(ours.value - stored.value) < 0.2  # 4 deviations of 60
+    assert card.n == 500 and card.proof[0].value == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_edges_are_the_paths_between_nodes(name):
     """A node's change reaches the inputs of those that the card says, and of no other node."""
     model, card = planted.load(name)
+    check_edges(model, card, {node.name for node in card.nodes if node.role == "backup"})
+
+
+def test_edges_of_the_backup_are_paths_where_the_primary_is_silent():
+    model, card = planted.load("planted-blip-backup")
+    primary = next(node.name for node in card.nodes if node.role == "primary")
+    layer, head = int(primary.split(".")[2]), int(primary.split(".")[5])
+    attention = model.text.blocks[layer].cross_attn
+    attention.o.weight.view(len(attention.o.weight), attention.n_heads, -1)[:, head] = 0
+    check_edges(model, card, {primary})
+
+
+def check_edges(model, card, silent):
+    """Compares the paths with the card's edges that do not touch the `silent` nodes."""
     told = {(e.sender, e.receiver, leaf) for e in card.edges for leaf in e.through.split(",")}
     found = set()
     recolored = []  # what reads no kind sees no difference in the images of pairs
@@ -75,7 +89,6 @@ def test_edges_are_the_paths_between_nodes(name):
                         found.add((site.name, receiver, leaf))
     nodes = {node.name for node in card.nodes}
     between = {edge for edge in told if edge[0] in nodes}
-    silent = {n.name for n in card.nodes if n.role == "backup"}
     assert found == {e for e in between if not silent & set(e)}
     assert {end for edge in told for end in edge[:2]} >= nodes
 
@@ -139,6 +152,8 @@ def test_an_ablated_suppressor_makes_the_answer_surer():
     name = next(node.name for node in card.nodes if node.role == "suppressor")
     result = P.ablate(model, pairs_of(model, 30, 6), name, P.zero(), progress=False)
     assert float(result.difference.min()) > 0.3
+    surer = [one for one in card.proof if one.metric == "logit_diff"]
+    assert [one.sites for one in surer] == [(name,)] and surer[0].value > 1.05
 
 
 def test_the_backup_reads_when_the_primary_is_silent():

@@ -18,6 +18,8 @@ from hooked_vlm.patching.sweep import Direction, MetricLike, activation_patching
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ROUNDING = 1e-4  # shares of the largest effect below this are none
+
 
 @runtime_checkable
 class Ranking(Protocol):
@@ -191,7 +193,7 @@ def find_circuit(
 
 
 def _strengths(ranking: Ranking, nodes: Sequence[Swept]) -> np.ndarray:
-    """The mean absolute effect of each node; what has none is weakest.
+    """The mean absolute effect of each node; what has none, or rounding alone, is weakest.
 
     Raises:
         ValueError: effects by position, or none of a node.
@@ -208,6 +210,7 @@ def _strengths(ranking: Ranking, nodes: Sequence[Swept]) -> np.ndarray:
             "the same sites"
         )
     found = np.array([by_site[one] for one in nodes], dtype=float)
+    found[found < ROUNDING * np.nanmax(found, initial=0.0)] = 0.0  # in the order of the sites
     return np.where(np.isnan(found), -np.inf, found)
 
 

@@ -185,7 +185,7 @@ def main(
         folder = (out or catalogue.HERE) / name
         model.save_pretrained(folder)
         card.write(folder)
-        typer.echo(f"{name}: {card.proof[0].accuracy:.1%} right, proved by {len(card.proof)}")
+        typer.echo(f"{name}: {card.proof[0].value:.1%} right, proved by {len(card.proof)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hooked_vlm.planted.world import CORRUPTIONS, Corruption
 
@@ -57,22 +57,25 @@ class Trial:
         what: in words.
         sites: what is ablated, together; empty for nothing.
         by: `resample` or `zero`.
-        accuracy: the share of right answers, measured when the model was built.
+        value: what was measured when the model was built.
         least: the least that it may be.
         most: the most that it may be.
+        metric: `accuracy`, the share of right answers; or `logit_diff`, the mean difference between
+            answer and foil, over that where nothing is replaced.
     """
 
     what: str
     sites: tuple[str, ...]
     by: str
-    accuracy: float
+    value: float
     least: float
     most: float
+    metric: Literal["accuracy", "logit_diff"] = "accuracy"
 
     @property
     def holds(self) -> bool:
-        """Whether the accuracy is within its limits."""
-        return self.least <= self.accuracy <= self.most
+        """Whether the value is within its limits."""
+        return self.least <= self.value <= self.most
 
 
 @dataclass(frozen=True)

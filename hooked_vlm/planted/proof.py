@@ -15,6 +15,7 @@ SUFFICES = 0.01  # by how much resampling all that is no node may lower that
 # At most so many are right by chance: one in six, of a node that says which of four kinds is named
 # three in ten, for it may be the same one again; and the error of a sample.
 GUESSED = 0.5
+SURER = (1.05, 3.0)  # the logit difference without a suppressor, over that with it
 
 
 def trials(card: Card) -> tuple[Trial, ...]:
@@ -28,6 +29,9 @@ def trials(card: Card) -> tuple[Trial, ...]:
     for node in card.nodes:
         spared = node.role in ("suppressor", "backup")
         found.append(one(node.role, [node.name], spared))
+        if node.role == "suppressor":
+            least, most = SURER
+            found.append(replace(found[-1], least=least, most=most, metric="logit_diff"))
     for node in card.distractors:
         found += [one(node.role, [node.name], True, by) for by in ("resample", "zero")]
     by_role = {node.role: node.name for node in card.nodes}
@@ -53,25 +57,25 @@ def measure(model: Any, card: Card, n: int, seed: int, *, progress: bool = False
     claims = trials(card)
     outside = [one.name for one in model.sites(list(card.sites)) if one.name not in nodes]
     values: dict[int, float] = {}
-    for by, intervention in (("resample", P.resample(others, seed)), ("zero", P.zero())):
-        some = [number for number, one in enumerate(claims) if one.by == by and one.sites]
-        if not some:
-            continue
+    interventions = {"resample": P.resample(others, seed), "zero": P.zero()}
+    metrics = {"accuracy": P.accuracy(), "logit_diff": P.logit_diff()}
+    for by, metric in sorted({(one.by, one.metric) for one in claims}):
         cells = [
             P.together(outside if one.sites == ("outside",) else list(one.sites), name=str(number))
             for number, one in enumerate(claims)
-            if number in some
+            if one.sites and (one.by, one.metric) == (by, metric)
         ]
         result = P.ablate(
-            model, asked, cells, intervention, P.accuracy(), max_rows=64, progress=progress
+            model, asked, cells, interventions[by], metrics[metric], max_rows=64, progress=progress
         )
-        means = result.data.mean("pair").values.reshape(-1).tolist()
+        clean = float(result.clean.mean())
+        over = 1.0 if metric == "accuracy" else clean
+        means = (result.data.mean("pair").values.reshape(-1) / over).tolist()
         values |= {int(one.name): mean for one, mean in zip(result.sites, means, strict=True)}
-        values[0] = float(result.clean.mean())
-    proof = tuple(
-        replace(one, accuracy=round(values[number], 4)) for number, one in enumerate(claims)
-    )
-    whole = replace(proof[1], least=round(max(RIGHT, proof[0].accuracy) - SUFFICES, 4))
+        if metric == "accuracy":
+            values[0] = clean
+    proof = tuple(replace(one, value=round(values[number], 4)) for number, one in enumerate(claims))
+    whole = replace(proof[1], least=round(max(RIGHT, proof[0].value) - SUFFICES, 4))
     proof = (proof[0], whole, *proof[2:])
     return replace(card, proof=proof, n=n, evaluation_seed=seed)
 
@@ -85,6 +89,7 @@ def check(card: Card) -> None:
     for one in card.proof:
         if not one.holds:
             raise ValueError(
-                f"the proof of {card.name!r} fails: {one.what} ({one.by}): {one.accuracy:.1%} of "
-                f"{card.n} answers are right, which should be {one.least:.0%} to {one.most:.0%}"
+                f"the proof of {card.name!r} fails: {one.what} ({one.by}): {one.metric} of "
+                f"{card.n} answers is {one.value:.3g}, which should be "
+                f"{one.least:.3g} to {one.most:.3g}"
             )
