@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from hooked_vlm.models.flow import Base
 from hooked_vlm.models.names import Site
 from hooked_vlm.patching.cells import Swept, module_of, parts
 from hooked_vlm.patching.interventions import At, Intervention, first_seen
-from hooked_vlm.patching.metrics import Metric, as_numbers
+from hooked_vlm.patching.metrics import Metric, as_array
 from hooked_vlm.patching.places import Each, Locator, NoSuchPlace, Place, as_place
 from hooked_vlm.patching.plan import MOST, Sketched
 from hooked_vlm.patching.runs import Inputs, Run
@@ -96,6 +97,11 @@ class Sweep:
     cap: int = MOST
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is measured, by name."""
+        return self.runs[0].metric.names
+
+    @property
     def modules(self) -> list[str]:
         """The points that are written, in order."""
         return list(dict.fromkeys(module_of(s.name) for one in self.sites for s in parts(one)))
@@ -133,9 +139,8 @@ class Sweep:
                     f"input {run.name!r} is padded on the right, and {metric.name} reads the last "
                     "position; prepare it by itself, or pad on the left"
                 )
-            if "reference" in metric.needs and metric.reference is None:
-                clean = base.logits[0] if base.logits.dim() < 3 else base.logits[0, -1]
-                metric = replace(metric, reference=clean.detach())
+            clean = base.logits[0] if base.logits.dim() < 3 else base.logits[0, -1]
+            metric = metric.against(clean.detach())
             locator = Locator(model, base, inputs, self.start, run.roles)
             yield Begun(base, locator, metric, weight, pair)
 
@@ -206,25 +211,26 @@ class Sweep:
             desc: what the bar says; None for no bar.
 
         Returns:
-            The metric by [pair, site, place], NaN where a run was not made; and that of the
-            unpatched runs, [run, pair].
+            The metrics by [pair, site, place, metric], NaN where a run was not made; and those of
+            the unpatched runs, [run, pair, metric].
         """
         found: list[np.ndarray] = []
-        n_parts = len(self.runs[0].metric.parts())
+        n_parts, n_metrics = (len(of) for of in (self.runs[0].metric.parts(), self.metrics))
         room = Sketched(self)
-        ends = np.full((self.runs[0].n_rows, len(self.runs)), np.nan)
+        ends = np.full((self.runs[0].n_rows, len(self.runs), n_metrics), np.nan)
         bar = None
         try:
             for pair in range(len(self.runs)):
-                end, terms = np.zeros(len(ends)), np.zeros(())
+                end, terms = np.zeros((len(ends), n_metrics)), np.zeros(())
                 for number, begun in enumerate(self.begin(pair)):
-                    end += begun.weight * np.array(as_numbers(begun.metric(begun.base.logits)))
+                    end += begun.weight * as_array(begun.metric(begun.base.logits))
                     cells = self.cells(begun)
                     if bar is None:
                         total = len(cells) * len(self.runs) * n_parts
                         bar = tqdm(total=total, desc=desc, unit="run", disable=desc is None)
                     if number == 0:  # a value counts when all parts of the metric are there
-                        shape = n_parts, len(self.sites), len(self._places(begun))
+                        n_places = len(self._places(begun))
+                        shape = n_parts, len(self.sites), n_places, n_metrics
                         terms = np.full(shape, np.nan)
                         found.append(terms)
                     if number == n_parts - 1:
@@ -253,17 +259,17 @@ class Sweep:
                 yield left[:n]
                 left = left[n:]
 
-    def _numbers(self, begun: Begun, batch: list[Cell]) -> list[float]:
-        """The metric of the batch's runs, in smaller batches where it is too large.
+    def _numbers(self, begun: Begun, batch: list[Cell]) -> list[Any]:
+        """The metrics of each of the batch's runs, in smaller batches where it is too large.
 
         Raises:
             MemoryError: there is no room for one.
         """
-        found: list[float] = []
+        found: list[Any] = []
         while len(found) < len(batch):
             some = batch[len(found) : len(found) + self.cap]
             try:
-                found += as_numbers(begun.metric(self.logits(begun, some)))
+                found += list(as_array(begun.metric(self.logits(begun, some))))
                 continue
             except (MemoryError, RuntimeError) as error:
                 if not _no_room(error):
@@ -359,7 +365,7 @@ def _no_room(error: Exception) -> bool:
 def _stacked(found: list[np.ndarray], n_runs: int) -> np.ndarray:
     """Values of all pairs, NaN where a pair has fewer places than another, or was not reached."""
     widest = max(one.shape[1] for one in found)
-    values = np.full((n_runs, found[0].shape[0], widest), np.nan)
+    values = np.full((n_runs, len(found[0]), widest, found[0].shape[2]), np.nan)
     for pair, one in enumerate(found):
         values[pair, :, : one.shape[1]] = one
     return values

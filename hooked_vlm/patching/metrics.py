@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -99,11 +100,26 @@ class Metric:
         return [(answer, 1.0), (replace(answer, answer=self.foil), -1.0)]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What its numbers are called, of which most metrics give one."""
+        return (self.name,)
+
+    def against(self, logits: Tensor) -> Metric:
+        """The metric with logits of a clean run to compare with, where it needs some.
+
+        Args:
+            logits: [d_out].
+        """
+        if "reference" not in self.needs or self.reference is not None:
+            return self
+        return replace(self, reference=logits)
+
+    @property
     def continuation(self) -> tuple[int, ...]:
         """The tokens that must follow the input for the metric to be read; empty for none."""
         return self.answer if isinstance(self.answer, tuple) else ()
 
-    def __call__(self, logits: Float[Tensor, "batch *pos d_out"]) -> Float[Tensor, " batch"]:
+    def __call__(self, logits: Float[Tensor, "batch *pos d_out"]) -> Float[Tensor, "batch *metric"]:
         """The metric of each row, of the last position where there are several.
 
         Of an answer that is read to its end, the last positions are those that predict its tokens.
@@ -130,6 +146,49 @@ class Metric:
         if self.continuation:
             return self.of(logits[:, -len(self.continuation) :], self)
         return self.of(logits if self.whole or logits.dim() < 3 else logits[:, -1], self)
+
+
+@dataclass(frozen=True)
+class Several(Metric):
+    """Metrics that are read from the same runs: a number of each, [batch, metric].
+
+    Attributes:
+        metrics: the metrics, each of one token.
+    """
+
+    metrics: tuple[Metric, ...] = ()
+
+    def bind(self, model: HookedVLM, pair: Pair | None) -> Metric:
+        """As `Metric.bind`, of each.
+
+        Raises:
+            ValueError: as there; a metric of answers that are read to their end.
+        """
+        bound = tuple(one.bind(model, pair) for one in self.metrics)
+        for one in bound:
+            if one.tokens == "all":
+                raise ValueError(f"{one.name} of several metrics reads one token; measure it alone")
+        return replace(self, metrics=bound)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics' names."""
+        return tuple(one.name for one in self.metrics)
+
+    def against(self, logits: Tensor) -> Metric:
+        """As `Metric.against`, of each."""
+        return replace(self, metrics=tuple(one.against(logits) for one in self.metrics))
+
+
+def several(metrics: Sequence[Metric]) -> Several:
+    """Metrics that a sweep reads from the same runs (`sweep.results`)."""
+    whole = any(one.whole for one in metrics)
+    name = ", ".join(one.name for one in metrics)
+    return Several(name, _each, whole=whole, metrics=tuple(metrics))
+
+
+def _each(logits: Tensor, metric: Any) -> Tensor:
+    return torch.stack([one(logits) for one in metric.metrics], -1)
 
 
 _SAME = {
@@ -251,3 +310,8 @@ def as_metric(metric: Metric | Callable[[Tensor], Tensor] | None, model: HookedV
 def as_numbers(values: Tensor) -> list[float]:
     """A metric's values, as Python numbers."""
     return [float(value) for value in values.to(torch.float64)]
+
+
+def as_array(values: Tensor) -> np.ndarray:
+    """A metric's values, [batch, metric]."""
+    return values.detach().reshape(len(values), -1).to("cpu", torch.float64).numpy()

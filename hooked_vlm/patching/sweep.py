@@ -245,11 +245,16 @@ def ablating(
 
 
 def run(sweep: Sweep, told: dict[str, Any], progress: bool) -> PatchingResult:
-    """Runs a sweep and labels what it gave."""
+    """Runs a sweep of one metric and labels what it gave."""
+    (result,) = results(sweep, told, progress)
+    return result
+
+
+def results(sweep: Sweep, told: dict[str, Any], progress: bool) -> list[PatchingResult]:
+    """Runs a sweep and labels what it gave, of each of its metrics (`metrics.several`)."""
     desc = "patching" if told["direction"] != "ablate" else "ablating"
     values, ends = sweep.values(desc if progress else None)
     names = [one.name for one in sweep.runs]
-    runs = [xr.DataArray(end, dims="pair", coords={"pair": names}) for end in ends]
     told = told | {"complete": not sweep.interrupted, "excluded": dict(sweep.excluded)}
     at = None
     if sweep.places is not None:
@@ -261,9 +266,16 @@ def run(sweep: Sweep, told: dict[str, Any], progress: bool) -> PatchingResult:
             places = each
         at = [shown(place) for place in places]
         told["places"] = places
-    data = label(values, names, sweep.sites, at)
-    corrupt = runs[1] if len(runs) > 1 else None
-    return PatchingResult(data, runs[0], corrupt, tuple(sweep.sites), provenance(sweep.model, told))
+    found = []
+    for number, metric in enumerate(sweep.metrics):
+        clean, *others = (
+            xr.DataArray(end[:, number], dims="pair", coords={"pair": names}) for end in ends
+        )
+        data = label(values[..., number], names, sweep.sites, at)
+        about = provenance(sweep.model, told | {"metric": metric})
+        corrupt = others[0] if others else None
+        found.append(PatchingResult(data, clean, corrupt, tuple(sweep.sites), about))
+    return found
 
 
 def _at_most(max_rows: int | None) -> int | None:
