@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from PIL import Image
 
 from hooked_vlm.data import shapes
+from hooked_vlm.data.pictures import Pictures
+from hooked_vlm.data.report import BadRow, OnBad, Report, Rows
+from hooked_vlm.data.tables import Row, table_rows
 
 ImageLike = Image.Image | str | Path
 
@@ -107,7 +108,7 @@ ROLE = "role_"  # a column of the words of a role
 
 
 def read_pairs(file: str | Path, model: Any = None) -> list[Pair]:
-    """Pairs from a CSV or JSONL file, one per line.
+    """Pairs from a CSV or JSONL file, one per line; `read_pairs_report` can leave bad ones out.
 
     Args:
         file: columns, or keys, are the fields of `Pair`, and `role_subject` and the like for
@@ -122,72 +123,82 @@ def read_pairs(file: str | Path, model: Any = None) -> list[Pair]:
             the line.
     """
     file = Path(file)
-    pairs = []
-    for number, row in _rows(file):
-        where = f"{file}, line {number}"
-        if None in row:
-            raise ValueError(f"{where}: more cells than columns; quote a text that has commas")
-        if unknown := {key for key in row if not key.startswith(ROLE)} - set(COLUMNS):
-            raise ValueError(f"{where}: no field {sorted(unknown)}; known are {COLUMNS}")
-        values: dict[str, Any] = {
-            key: value for key, value in row.items() if value not in ("", None)
-        }
-        for key, value in values.items():
-            if not isinstance(value, str):
-                raise ValueError(f"{where}: {key} is no string: {value!r}")
-        if missing := {"image", "text"} - set(values):
-            raise ValueError(f"{where}: {' and '.join(sorted(missing))} missing")
-        for key in ("image", "corrupt_image"):
-            if key in values:
-                values[key] = file.parent / values[key]
-                if not values[key].is_file():
-                    raise ValueError(f"{where}: {key} {str(values[key])!r} is not there")
-        roles = {
-            key.removeprefix(ROLE): values.pop(key)
-            for key in row
-            if key.startswith(ROLE) and key in values
-        }
-        try:
-            pairs.append(Pair(**{"name": str(number), **values}, roles=roles))
-            if model is not None:
-                pairs[-1].n_tokens(model.to_str_tokens)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-    if not pairs:
-        raise ValueError(f"{file} holds no pairs")
+    rows = Rows("raise", file, way_out="")
+    pairs = _pairs(file, model, rows, Pictures(decode=False), repeats=True)
+    rows.report("pairs")
     return pairs
 
 
-def _rows(file: Path) -> Iterator[tuple[int, Mapping[Any, Any]]]:
-    """The rows, each with the number of its line, the last one where it spans several."""
-    if file.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"{file} is neither .csv nor .jsonl")
-    with file.open(newline="", encoding="utf-8-sig") as lines:  # spreadsheets write a mark
-        try:
-            yield from _csv(file, lines) if file.suffix == ".csv" else _jsonl(file, lines)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is no text in UTF-8: {error}") from error
+def read_pairs_report(
+    file: str | Path, model: Any = None, *, on_bad: OnBad = "raise", check_images: bool = True
+) -> tuple[list[Pair], Report]:
+    """As `read_pairs`, and what was left out; a line that repeats an earlier one is bad, too.
+
+    Args:
+        file: as in `read_pairs`.
+        model: as in `read_pairs`.
+        on_bad: `raise` refuses the first bad line, `drop` leaves bad lines out and counts them.
+        check_images: whether images are decoded, so that unreadable ones are found here.
+
+    Raises:
+        ValueError: what is no CSV at all or holds no good pair; a bad line, if not dropped.
+    """
+    file = Path(file)
+    rows = Rows(on_bad, file)
+    pairs = _pairs(file, model, rows, Pictures(check_images, blank=True), repeats=False)
+    return pairs, rows.report("pairs")
 
 
-def _csv(file: Path, lines: TextIO) -> Iterator[tuple[int, Mapping[Any, Any]]]:
-    reader = csv.DictReader(lines, strict=True)
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise ValueError(f"{file}, line {reader.line_num}: no CSV: {error}") from error
+def _pairs(file: Path, model: Any, rows: Rows, pictures: Pictures, repeats: bool) -> list[Pair]:
+    pairs: list[Pair] = []
+    seen: dict[str, int] = {}
+    for number, row in table_rows(file):
+        with rows.row(f"line {number}"):
+            pair = _pair(file, number, row, pictures)
+            if model is not None:
+                try:
+                    pair.n_tokens(model.to_str_tokens)
+                except ValueError as error:
+                    raise BadRow("other number of tokens", str(error)) from error
+            said = repr(replace(pair, name=""))
+            if not repeats and seen.setdefault(said, number) != number:
+                raise BadRow("duplicate", f"the same pair as in line {seen[said]}")
+            pairs.append(pair)
+    return pairs
 
 
-def _jsonl(file: Path, lines: TextIO) -> Iterator[tuple[int, Mapping[Any, Any]]]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
+def _pair(file: Path, number: int, row: Row | BadRow, pictures: Pictures) -> Pair:
+    """The pair of a line.
+
+    Raises:
+        BadRow: it is none.
+    """
+    if isinstance(row, BadRow):
+        raise row
+    if unknown := {key for key in row if not key.startswith(ROLE)} - set(COLUMNS):
+        raise BadRow("unknown field", f"no field {sorted(unknown)}; known are {COLUMNS}")
+    values: dict[str, Any] = {key: value for key, value in row.items() if value not in ("", None)}
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise BadRow("no string", f"{key} is no string: {value!r}")
+    if missing := {"image", "text"} - set(values):
+        raise BadRow("image or text missing", f"{' and '.join(sorted(missing))} missing")
+    for key in ("image", "corrupt_image"):
+        if key in values:
+            values[key] = file.parent / values[key]
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: no JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}: no JSON object")
-            yield number, row
+                pictures.check(values[key])
+            except BadRow as bad:
+                raise BadRow(bad.reason, f"{key} {bad}") from bad
+    roles = {
+        key.removeprefix(ROLE): values.pop(key)
+        for key in row
+        if key.startswith(ROLE) and key in values
+    }
+    try:
+        return Pair(**{"name": str(number), **values}, roles=roles)
+    except ValueError as error:
+        raise BadRow("corrupt input is the clean one", str(error)) from error
 
 
 def shapes_pairs(
