@@ -119,7 +119,7 @@ class Metric:
         """The tokens that must follow the input for the metric to be read; empty for none."""
         return self.answer if isinstance(self.answer, tuple) else ()
 
-    def __call__(self, logits: Float[Tensor, "batch *pos d_out"]) -> Float[Tensor, "batch *metric"]:
+    def __call__(self, logits: Float[Tensor, "batch *pos d_out"]) -> Float[Tensor, "batch ..."]:
         """The metric of each row, of the last position where there are several.
 
         Of an answer that is read to its end, the last positions are those that predict its tokens.

@@ -87,6 +87,23 @@ def shown(place: Place) -> Any:
     return place
 
 
+def spoken(tokenizer: Any, ids: Sequence[int], words: str) -> range:
+    """The positions where words stand first in a text, as whole words; empty where they do not."""
+    for form in (words, f" {words}"):
+        wanted = tokenizer(form, add_special_tokens=False)["input_ids"]
+        for begin in range(len(ids) - len(wanted) + 1):
+            end = begin + len(wanted)
+            if list(ids[begin:end]) == wanted and not _goes_on(tokenizer, ids[begin:], len(wanted)):
+                return range(begin, end)
+    return range(0)
+
+
+def _goes_on(tokenizer: Any, ids: Sequence[int], n: int) -> bool:
+    """Whether the token behind the first n continues their word, as `##er` does in 'older'."""
+    said, more = tokenizer.decode(ids[:n]), tokenizer.decode(ids[: n + 1])
+    return bool(more[len(said) : len(said) + 1].isalnum())
+
+
 @dataclass
 class Locator:
     """Finds places in one input of a base.
@@ -197,20 +214,22 @@ class Locator:
         return found
 
     def _spoken(self, role: str, where: Any) -> Sequence[int]:
-        """The positions of a role, which are given, or those of the words that stand there."""
-        ids = self.inputs["input_ids"][self._rows(self._text)[0]].tolist()
+        """The positions of a role, which are given, or those of the words that stand there.
+
+        Words are those of the clean text; of the run's own where that has none of them.
+        """
+        rows = [int(self.base.rows(self._text, torch.tensor([0]))[0]), self._rows(self._text)[0]]
+        texts = [self.inputs["input_ids"][row].tolist() for row in rows]
         if not isinstance(where, str):
             place = as_place(where)
-            return self.find(place, self._text, len(ids), f"role {role}")
+            return self.find(place, self._text, len(texts[0]), f"role {role}")
         if not where:
             raise NoSuchPlace(f"role {role!r} is empty")
         tokenizer = self.model.tokenizer
-        for words in (where, f" {where}"):
-            wanted = tokenizer(words, add_special_tokens=False)["input_ids"]
-            for begin in range(len(ids) - len(wanted) + 1):
-                if ids[begin : begin + len(wanted)] == wanted:
-                    return range(begin, begin + len(wanted))
-        tokens = " ".join(tokenizer.convert_ids_to_tokens(ids)[:40])
+        for ids in texts:
+            if found := spoken(tokenizer, ids, where):
+                return found
+        tokens = " ".join(tokenizer.convert_ids_to_tokens(texts[0])[:40])
         raise NoSuchPlace(f"the text has no {where!r}, the words of role {role!r}: {tokens!r}")
 
     @cached_property

@@ -188,7 +188,7 @@ def patching(
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction is 'denoise' or 'noise', not {direction!r}")
     chosen = as_metric(metric, model)
-    swept, places = _where(model, sites, positions)
+    swept, places = where(model, sites, positions)
     runs, first = paired(model, pairs, chosen, first_token)
     start = 1 if direction == "denoise" else 0
     sweep = Sweep(model, runs, swept, places, patch(), start, _at_most(max_rows), memory)
@@ -225,7 +225,7 @@ def ablating(
         if positions is not None:
             raise ValueError(f"{written.name!r} says where it writes: leave out positions=")
         positions = [written.at]
-    swept, places = _where(model, sites, positions)
+    swept, places = where(model, sites, positions)
     runs, first = single(model, inputs, chosen, first_token)
     if on == "corrupt" and runs[0].n_rows == 1:
         raise ValueError("on='corrupt' needs pairs; these inputs have no corrupt run")
@@ -284,7 +284,7 @@ def _at_most(max_rows: int | None) -> int | None:
     return max_rows
 
 
-def _where(model: HookedVLM, sites: Sites, positions: Positions) -> tuple[list[Any], Any]:
+def where(model: HookedVLM, sites: Sites, positions: Positions) -> tuple[list[Any], Any]:
     """What is swept over, and the places of each; None where they have their own."""
     swept = as_sites(model, sites)
     if positions is None:
