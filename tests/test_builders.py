@@ -3,6 +3,7 @@
 import csv
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hooked_vlm.data import (
     Form,
     Report,
     Vocabulary,
+    other_questions,
     prompt_form,
     read_svo_probes,
     semantic_image_pairs,
@@ -281,3 +283,26 @@ def test_aligned_questions_differ_at_the_options_alone(toy):
         assert start != end
         np.testing.assert_allclose([both, thing], [end, start], rtol=1e-4)
         assert start not in (answer, foil)
+
+
+def test_other_questions_are_about_the_other_shape():
+    choices = shapes_choices(3, 0)
+    pairs, report = other_questions(choices, str.split)
+    assert [pair.corrupt_text for pair in pairs] == [
+        "is this cross black or blue?",
+        "is this yellow object a triangle or a square?",
+        "is this square right or left of the cross?",
+    ]
+    assert [(pair.answer, pair.foil) for pair in pairs] == [
+        ("blue", "black"),
+        ("square", "triangle"),
+        ("left", "right"),
+    ]
+    assert all(len(pair.images) == 1 for pair in pairs) and report.kept == 3
+    alone = replace(choices[0], other_text=None)
+    longer = replace(choices[1], other_text="is this very yellow object a triangle or a square?")
+    with pytest.raises(ValueError, match="choice '0: color': no question about its image has"):
+        other_questions([alone], str.split)
+    pairs, report = other_questions([alone, longer], str.split, on_bad="drop")
+    assert not pairs
+    assert report.dropped == {"no other question": 1, "number of tokens changed": 1}

@@ -3,6 +3,7 @@
 from hooked_vlm.data import shapes
 from hooked_vlm.data.builders import (
     Form,
+    other_questions,
     prompt_form,
     semantic_image_pairs,
     symmetric_token_replacement,
@@ -25,6 +26,7 @@ __all__ = [
     "Question",
     "Report",
     "Vocabulary",
+    "other_questions",
     "prompt_form",
     "read_choices",
     "read_coco_qa",

@@ -189,6 +189,41 @@ def symmetric_token_replacement(
     return pairs, rows.report()
 
 
+def other_questions(
+    choices: Choices | Iterable[Choice],
+    to_str_tokens: ToStrTokens,
+    *,
+    form: Form = PLAIN,
+    on_bad: OnBad = "raise",
+) -> tuple[list[Pair], Report]:
+    """Pairs whose corrupt question has another answer, about the same image, with the same options.
+
+    For models that do not read the options, such as the toys, to which replacing them does nothing.
+
+    Args:
+        choices: what to ask.
+        to_str_tokens: the tokens of a text, such as `model.to_str_tokens`; pairs of unequal numbers
+            are left out and counted.
+        form: how it is put.
+        on_bad: `raise` refuses a choice without another question, `drop` leaves it out.
+
+    Raises:
+        ValueError: a choice without another question, if not dropped.
+    """
+    rows = Rows(on_bad)
+    pairs: list[Pair] = []
+    for choice in choices:
+        with rows.row(f"choice {choice.name!r}"):
+            if choice.other_text is None:
+                raise BadRow("no other question", "no question about its image has another answer")
+            texts = map(form.of_question, (choice.text, choice.other_text))
+            n, made = (len(to_str_tokens(text)) for text in texts)
+            if n != made:
+                raise LeftOut("number of tokens changed", f"{n} tokens became {made}")
+            pairs.append(_pair(choice, form, choice.other_text))
+    return pairs, rows.report()
+
+
 Replaced = Mapping[str, str]  # words by the option in whose place they stand
 
 

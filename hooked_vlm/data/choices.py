@@ -42,6 +42,8 @@ class Choice:
         roles: words of the question by role, as in `Pair`; the options are roles by themselves.
         mask: bool [height, width], the pixels of the image that show what is asked about.
         vocabulary: the name of the set's words that may stand in the place of the options.
+        other_text: a question about the same image, with the same options, whose answer is another;
+            None where there is none.
 
     Raises:
         ValueError: options that are the same or do not stand exactly once in the question, or a
@@ -63,6 +65,7 @@ class Choice:
     roles: Mapping[str, str] = field(default_factory=dict)
     mask: NDArray[np.bool_] | None = field(default=None, repr=False, compare=False)
     vocabulary: str | None = None
+    other_text: str | None = None
 
     def __post_init__(self) -> None:
         if self.answer.casefold() == self.foil.casefold():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from hooked_vlm.data import shapes
 from hooked_vlm.data.choices import Choice, Choices, Vocabulary
 from hooked_vlm.data.report import Report
 
+WORDS = re.compile(r"\w+|\W+")
 VOCABULARIES = {"color": tuple(shapes.COLORS), "shape": shapes.KINDS}
 
 
@@ -15,8 +18,8 @@ def shapes_choices(n: int, seed: int, attribute: str | None = None, size: int = 
     """Questions between two options about held-out scenes, such as 'is this circle red or blue?'.
 
     The other image is the same scene but for the attribute that is asked about, of which it shows
-    the foil. The group is the attribute; `color` and `shape` have a vocabulary, of all words of the
-    world. The report counts all of them as kept.
+    the foil; the other question is about the other shape. The group is the attribute; `color` and
+    `shape` have a vocabulary, of all words of the world. The report counts all of them as kept.
 
     Args:
         n: how many.
@@ -57,6 +60,11 @@ def _choice(scenes: shapes.MinimalPair, name: str, size: int, rng: np.random.Gen
     question = asked[int(rng.integers(len(asked)))]  # the order of the options, or of the shapes
     subject = question.text.split()[2]  # 'is this circle ...', 'is this red object ...'
     about = [subject in (shape.kind, shape.color) for shape in scenes.clean.shapes].index(True)
+    one, other = scenes.clean.shapes[about], scenes.clean.shapes[1 - about]
+    exchanged = {one.kind: other.kind, other.kind: one.kind, one.color: other.color}
+    asks = {"color": (one.kind,), "shape": (one.color,), "relation": (one.kind, other.kind)}
+    words = asks[scenes.attribute]
+    changed = [exchanged[word] if word in words else word for word in WORDS.findall(question.text)]
     return Choice(
         scenes.clean.image(size),
         question.text,
@@ -68,4 +76,5 @@ def _choice(scenes: shapes.MinimalPair, name: str, size: int, rng: np.random.Gen
         roles={"object": "object" if scenes.attribute == "shape" else subject},
         mask=scenes.clean.masks(size)[about],
         vocabulary=scenes.attribute if scenes.attribute in VOCABULARIES else None,
+        other_text=None if "".join(changed) == question.text else "".join(changed),
     )
