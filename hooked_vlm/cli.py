@@ -1,13 +1,27 @@
-"""The command line: `hooked-vlm patch`, `hooked-vlm check`, `hooked-vlm validate`."""
+"""The command line: `hooked-vlm patch`, `check`, `validate`, `notice`, `trace`."""
 
 from __future__ import annotations
 
 import logging
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from hooked_vlm import cli_runs
+from hooked_vlm.cli_options import (
+    Corrupt,
+    Device,
+    Direction,
+    DType,
+    FirstToken,
+    Model,
+    Processor,
+    Revision,
+    Task,
+    fail,
+    open_model,
+)
 
 app = typer.Typer(
     name="hooked-vlm",
@@ -16,28 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-
-class Direction(StrEnum):
-    """Which run is patched into which."""
-
-    denoise = "denoise"
-    noise = "noise"
-
-
-class FirstToken(StrEnum):
-    """What stands in front of a text."""
-
-    cls = "cls"
-    enc = "enc"
-
-
-Model = Annotated[str, typer.Option(help="A packaged toy, a folder, a .pth, or a Hub name.")]
-Revision = Annotated[str | None, typer.Option(help="Of a Hub name.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
-DType = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; as released by default.")]
-Processor = Annotated[str | None, typer.Option(help="Where a bare .pth gets its tokenizer.")]
-Task = Annotated[str | None, typer.Option(help="Such as itm, if a file serves several.")]
 
 
 @app.callback()
@@ -94,7 +86,7 @@ def patch(
             raise ValueError("--image is missing: the clean image")
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {str(out)!r} is a file; name a folder")
-        opened = _open(model, task, processor, revision, device, dtype)
+        opened = open_model(model, task, processor, revision, device, dtype)
         if data is not None:
             pairs = read_pairs(data, opened)
         elif image is not None:
@@ -112,7 +104,7 @@ def patch(
             top=top,
         )
     except (ValueError, KeyError, OSError) as error:
-        _fail(error)
+        fail(error)
 
 
 @app.command()
@@ -134,23 +126,16 @@ def check(
     fine = True
     try:
         config = None if quantization is None else named(quantization)
-        opened = _open(model, task, processor, revision, device, dtype)
+        opened = open_model(model, task, processor, revision, device, dtype)
         if config is None:
             fine = checking.check(opened, model, revision=revision)
         else:
-            few = _open(model, task, processor, revision, device, dtype, config)
+            few = open_model(model, task, processor, revision, device, dtype, config)
             checking.deviation(opened, few, model)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        _fail(error)
+        fail(error)
     if not fine:
         raise typer.Exit(1)
-
-
-class Corrupt(StrEnum):
-    """What is corrupt in a pair."""
-
-    image = "image"
-    text = "text"
 
 
 @app.command()
@@ -191,42 +176,11 @@ def validate(
         console.print(pages.table(frame))
         console.print("wrote", str(out), *([] if page is None else [str(page)]), soft_wrap=True)
     except (ValueError, KeyError, OSError) as error:
-        _fail(error)
+        fail(error)
 
 
-def _open(
-    name: str,
-    task: str | None,
-    processor: str | None,
-    revision: str | None,
-    device: str | None,
-    dtype: str | None,
-    quantization_config: Any = None,
-) -> Any:
-    import torch
-
-    from hooked_vlm import HookedVLM
-
-    kind = None
-    if dtype is not None:
-        kind = getattr(torch, dtype, None)
-        if not isinstance(kind, torch.dtype):
-            raise ValueError(f"--dtype {dtype!r} is none of torch's, such as float32 or bfloat16")
-    return HookedVLM.from_pretrained(
-        name,
-        revision=revision,
-        dtype=kind,
-        device=device,
-        quantization_config=quantization_config,
-        task=task,
-        processor=processor,
-    )
-
-
-def _fail(error: Exception) -> None:
-    said = error.args[0] if isinstance(error, KeyError) and error.args else error
-    typer.secho(f"error: {' '.join(str(said).split())}", fg="red", err=True)
-    raise typer.Exit(2)
+app.command()(cli_runs.notice)
+app.command()(cli_runs.trace)
 
 
 def main() -> None:

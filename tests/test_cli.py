@@ -170,7 +170,7 @@ def test_check_agrees(toy, capfd):
 
 @pytest.mark.parametrize("wrong", [0.01, float("nan")])
 def test_check_differs(wrong, monkeypatch):
-    opened = cli._open
+    opened = cli.open_model
 
     def perturbed(*arguments):
         model = opened(*arguments)
@@ -178,7 +178,7 @@ def test_check_differs(wrong, monkeypatch):
         weight.data = weight.data * (1 + wrong)  # not in place: the file is mapped
         return model
 
-    monkeypatch.setattr(cli, "_open", perturbed)
+    monkeypatch.setattr(cli, "open_model", perturbed)
     result = run("check")
     assert result.exit_code == 1
     verdicts = {
@@ -210,17 +210,21 @@ def python(code, *arguments, cwd=None):
 
 
 def test_help_and_import_load_nothing_heavy():
-    code = """
+    commands = ("patch", "check", "validate", "notice", "trace")
+    code = (
+        f"COMMANDS = {commands}"
+        + """
 import sys
 from typer.testing import CliRunner
 import hooked_vlm
 from hooked_vlm.cli import app
-for arguments in (["--help"], ["patch", "--help"], ["check", "--help"]):
+for arguments in (["--help"], *([name, "--help"] for name in COMMANDS)):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0 and "--help" in result.stdout
 heavy = {"torch", "transformers", "xarray", "matplotlib", "transformer_lens", "pandas"}
 print(sorted(heavy & set(sys.modules)))
 """
+    )
     result = python(code)
     assert result.stdout.strip() == "[]", result.stderr
 

@@ -86,6 +86,18 @@ FAILURES = (
         " since the other answer that it writes against counts, too.",
     ),
     Failure(
+        ("NOTICE",),
+        ("eye", "answerer", "backup"),
+        "NOTICE patches the stack that reads the question. What the image encoder and the answer"
+        " decoder do it does not see, nor, as any patch, the backup that rests in both runs.",
+    ),
+    Failure(
+        ("causal tracing",),
+        ("eye", "backup"),
+        "The noise stands on what the image encoder gives, so that nothing in front of it is"
+        " corrupt and could be restored. The backup, too, restores nothing.",
+    ),
+    Failure(
         ("raw attention",),
         ("eye", "answerer", "mover", "backup"),
         "An MLP attends to nothing; what reads the image's content from a token of text does not"

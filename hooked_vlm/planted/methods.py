@@ -11,10 +11,10 @@ import torch
 
 from hooked_vlm import patching as P
 from hooked_vlm.data import Pair
+from hooked_vlm.methods import causal_tracing, notice
+from hooked_vlm.methods.looking import Look, look
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.names import Site
-from hooked_vlm.patching.cells import module_of
-from hooked_vlm.patching.places import Locator, as_place
 
 KINDS = ("ranker", "map")
 NAMES = 0.1  # a site is named whose score is at least this share of the largest
@@ -185,9 +185,9 @@ def _ablated(problem: Problem, intervention: P.Intervention) -> P.PatchingResult
 def _attention(problem: Problem) -> dict[str, float]:
     """A head's largest attention to a patch, above an even share; what everybody looks at first."""
     found = {site.name: 0.0 for site in problem.sites}
-    for patterns, keys in _looks(problem):
-        for name, pattern in patterns.items():
-            for head, weights in enumerate(pattern - 1 / keys[name]):
+    for seen in _looks(problem):
+        for name, pattern in seen.patterns.items():
+            for head, weights in enumerate(pattern - 1 / seen.keys[name]):
                 stem = name.removesuffix("hook_pattern")
                 site = f"{stem}heads.{head}.hook_z"
                 found[site] += max(0.0, float(weights.max())) / len(problem.pairs)
@@ -198,41 +198,50 @@ def _attention(problem: Problem) -> dict[str, float]:
 def _mean_attention(problem: Problem) -> np.ndarray:
     """The mean over all heads and positions that see the image."""
     maps = []
-    for patterns, _ in _looks(problem):
-        seen = torch.stack([pattern.mean((0, 1)) for pattern in patterns.values()]).mean(0)
-        side = int(len(seen) ** 0.5)
-        maps.append(seen.view(side, side).numpy())
+    for seen in _looks(problem):
+        each = [pattern.mean((0, 1)) for pattern in seen.patterns.values()]
+        mean = torch.stack(each).mean(0)
+        side = int(len(mean) ** 0.5)
+        maps.append(mean.view(side, side).numpy())
     return np.stack(maps)
 
 
-@torch.no_grad()
-def _looks(problem: Problem) -> list[tuple[dict[str, torch.Tensor], dict[str, int]]]:
-    """For each clean input the attention of texts to patches, and how many keys there are.
-
-    Patterns are [head, query, patch], by name; of a LLaVA queries are those behind the image.
-    """
-    model, found = problem.model, []
-    modules = {module_of(site.name) for site in problem.sites}
-    names = [
-        name.replace("hook_z", "hook_pattern")
-        for name in model.hook_names()
-        if name in modules and name.endswith("hook_z") and model.stack_of(name) != "vision"
+def _looks(problem: Problem) -> list[Look]:
+    """For each clean input the attention of its text to its image."""
+    model = problem.model
+    return [
+        look(model, model.prepare(pair.images[:1], (pair.texts or [])[:1]))
+        for pair in problem.pairs
     ]
-    for pair in problem.pairs:
-        inputs = model.prepare(pair.images[:1], (pair.texts or [])[:1])
-        base = model.base_run(**inputs, names_filter=names)
-        locator = Locator(model, base, inputs)
-        patterns, keys = {}, {}
-        for name in names:
-            value = base.cache[name][0]
-            stack = locator.stack(name, keys=True)
-            if model.task != "llava" and stack != "vision":
-                continue  # it reads a text
-            at = list(locator.find(as_place("image"), stack, value.shape[-1], name))
-            behind = max(at) + 1 if model.task == "llava" else 0
-            patterns[name], keys[name] = value[:, behind:, at], value.shape[-1]
-        found.append((patterns, keys))
+
+
+# --- published methods
+
+
+@register("NOTICE")
+def _notice(problem: Problem) -> dict[str, float]:
+    """Heads and MLPs that read the text, at each token; the largest mean that one restores."""
+    found = {site.name: 0.0 for site in problem.sites}
+    read = [site for site in notice.sites(problem.model) if site.name in found]
+    settings = notice.Settings(
+        kinds=tuple(dict.fromkeys(notice.kind_of(site) for site in read)),
+        positions="each",
+        clean_correct=False,
+        corruption_effective=None,
+    )
+    table, _ = notice.patch(problem.model, problem.pairs, settings, progress=False)
+    means = table.groupby(["kind", "layer", "head", "position"])["logit_diff"].mean()
+    best = abs(means).groupby(level=["kind", "layer", "head"]).max()
+    for site in read:
+        head = -1 if site.head is None else site.head
+        found[site.name] = float(best[notice.kind_of(site), site.layer, head])
     return found
+
+
+@register("causal tracing")
+def _tracing(problem: Problem) -> dict[str, float]:
+    """What each site restores when noise stands on what is seen of the image."""
+    return causal_tracing.scores(problem.model, problem.pairs, problem.sites)
 
 
 # --- what a ranker gives

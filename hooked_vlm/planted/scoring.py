@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hooked_vlm import patching as P
+from hooked_vlm.methods import grounding
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.sketch import measured
 from hooked_vlm.planted import catalogue, world
@@ -279,8 +280,11 @@ def _map(given: Any, n: int, where: str) -> np.ndarray:
 def _mapped(array: np.ndarray, cells: list[int]) -> dict[str, Any]:
     n, side = len(array), world.GRID
     by_cell = array.reshape(n, side, array.shape[1] // side, side, array.shape[2] // side)
-    sums = by_cell.sum((2, 4)).reshape(n, -1)
-    nan, mine = float("nan"), sums[np.arange(n), cells]
+    grid = by_cell.sum((2, 4))
+    mask = np.zeros((n, side * side), dtype=bool)
+    mask[np.arange(n), cells] = True
+    mask = mask.reshape(grid.shape)
+    nan = float("nan")
     return {
         "precision": nan,
         "recall": nan,
@@ -289,6 +293,6 @@ def _mapped(array: np.ndarray, cells: list[int]) -> dict[str, Any]:
         "accused": 0,
         "missed": (),
         "wrong": (),
-        "mass": float((mine / sums.sum(1)).mean()),
-        "pointing": float(((sums >= mine[:, None] - ROUNDING * mine[:, None]).sum(1) == 1).mean()),
+        "mass": float(grounding.mass(grid, mask).mean()),
+        "pointing": float(grounding.pointing(grid, mask, ROUNDING).mean()),
     }

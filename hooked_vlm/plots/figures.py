@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import xarray as xr
@@ -120,6 +120,36 @@ def bars(values: Mapping[str, xr.DataArray], *, title: str = "") -> Figure:
         axes.tick_params(axis="x", labelrotation=90)
     axes.set_title("\n".join(textwrap.wrap(title, 60)), fontsize=11)
     figure.legend(loc="outside lower center", ncols=len(values), fontsize=9, frameon=False)
+    return figure
+
+
+def intervals(
+    names: Sequence[str],
+    middle: ArrayLike,
+    low: ArrayLike,
+    high: ArrayLike,
+    *,
+    title: str = "",
+) -> Figure:
+    """Numbers with their intervals, one line each, the first on top.
+
+    Args:
+        names: of the lines.
+        middle: the numbers.
+        low: the lower ends of their intervals; NaN for none.
+        high: the upper ends.
+        title: what they are.
+    """
+    figure = Figure(figsize=(6.5, 1.4 + 0.3 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    x, ends = np.asarray(middle, dtype=float), np.asarray([low, high], dtype=float)
+    at = np.arange(len(names))
+    axes.hlines(at, ends[0], ends[1], color="C0")
+    axes.plot(x, at, "o", color="C0", markersize=5)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(at, list(names))
+    axes.invert_yaxis()
+    axes.set_title("\n".join(textwrap.wrap(title, 60)), fontsize=11)
     return figure
 
 

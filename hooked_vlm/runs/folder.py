@@ -219,6 +219,18 @@ def begin(folder: Path, config: dict[str, Any], provenance: dict[str, Any]) -> d
     return {key: provenance.get(key) for key in MAY_CHANGE if was.get(key) != provenance.get(key)}
 
 
+def forget_empty(folder: Path) -> None:
+    """Takes back what a run is of, where it failed before it had anything to keep.
+
+    The folder is then free for another configuration, such as one without the mistake.
+    """
+    parts = folder / PARTS
+    if (folder / RESULTS).exists() or (parts.is_dir() and any(parts.iterdir())):
+        return
+    for name in (PROVENANCE, CONFIG):
+        (folder / name).unlink(missing_ok=True)
+
+
 def note_changes(folder: Path, changed: dict[str, Any]) -> None:
     """Adds to the provenance what has changed since the run was last gone on with."""
     told = read_provenance(folder)

@@ -86,6 +86,8 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None and self._lock.is_locked:
+            files.forget_empty(self.folder)
         self.close()
 
     @property
