@@ -76,6 +76,12 @@ class Pair:
             return None
         return [self.text, self.text if self.corrupt_text is None else self.corrupt_text]
 
+    @property
+    def words(self) -> dict[str, str | int | Sequence[int]]:
+        """All roles by name, answer and foil included."""
+        own = {"answer": self.answer, "foil": self.foil}
+        return {name: word for name, word in own.items() if word} | dict(self.roles)
+
     def n_tokens(self, to_str_tokens: Callable[[str], list[str]]) -> int:
         """The number of tokens of the texts, special ones included; 1 without texts.
 

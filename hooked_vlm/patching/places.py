@@ -121,6 +121,7 @@ class Locator:
     inputs: Mapping[str, Any]
     row: int = 0
     roles: Mapping[str, Any] = field(default_factory=dict)
+    _known: dict[str, Sequence[int]] = field(default_factory=dict, init=False, repr=False)
 
     def stack(self, name: str, keys: bool = False) -> str:
         """The stack whose positions an axis of a point counts; with `keys`, of the last axis."""
@@ -207,11 +208,12 @@ class Locator:
 
     def _real(self, stack: str) -> Sequence[int]:
         """The positions of a stack that are no padding."""
-        mask = self.model.mask_of(self.inputs, stack)
-        if mask is None:
-            return self._door(stack)
-        found: list[int] = mask[self._rows(stack)[0]].nonzero().flatten().tolist()
-        return found
+        if stack not in self._known:
+            mask = self.model.mask_of(self.inputs, stack)
+            row = None if mask is None else mask[self._rows(stack)[0]]
+            some = self._door(stack) if row is None else row.nonzero().flatten().tolist()
+            self._known[stack] = some
+        return self._known[stack]
 
     def _spoken(self, role: str, where: Any) -> Sequence[int]:
         """The positions of a role, which are given, or those of the words that stand there.

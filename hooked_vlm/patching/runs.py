@@ -88,13 +88,11 @@ def _same(inputs: Inputs) -> Inputs:
 
 def _run(model: HookedVLM, pair: Pair, index: int, metric: Metric, first_token: FirstToken) -> Run:
     pair.n_tokens(model.to_str_tokens)  # a ValueError where positions do not align
-    words = {"answer": pair.answer, "foil": pair.foil}
-    roles = {name: word for name, word in words.items() if word} | dict(pair.roles)
     return Run(
         pair.name or str(index),
         partial(_prepared, model, pair, first_token),
         metric.bind(model, pair),
-        roles=roles,
+        roles=pair.words,
     )
 
 
