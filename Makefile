@@ -12,6 +12,12 @@ WORKERS ?= 2
 DEMO ?= demo
 TOYS ?= toy-blip-itm toy-blip-vqa toy-blip-captioning toy-albef toy-clip toy-clip-resnet toy-llava
 
+# Tests of whole methods on whole models, which take five times as long when every shape is checked.
+# Run by hand without these targets, they are checked, too.
+UNTYPED := tests/test_planted.py tests/test_validate.py tests/test_notice_report.py \
+	tests/test_runs_notice.py tests/test_cli_runs.py
+WITHOUT_TYPES := --override-ini=addopts= --strict-config --strict-markers -ra
+
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -29,10 +35,12 @@ demo: $(READY)
 	@echo "The pictures are in $(DEMO)/:" && ls $(DEMO)/*.png
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(UNTYPED:%=--ignore=%)
+	$(BIN)/python -m pytest -n $(WORKERS) $(WITHOUT_TYPES) -m 'not slow' $(UNTYPED)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(UNTYPED:%=--ignore=%)
+	$(BIN)/python -m pytest -m slow $(WITHOUT_TYPES) $(UNTYPED)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

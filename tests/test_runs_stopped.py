@@ -44,6 +44,15 @@ def test_what_is_done_is_kept_when_work_raises(tmp_path, error):
     assert lists(go(folder, work=work)) == truth(6) and len(work.called) == 7
 
 
+@pytest.fixture
+def interruptible():
+    """Where the tests were started in the background, the shell has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_counts_even_where_work_answers_it(tmp_path):
     """As sweeps do, which return what they have; that is not an item's rows."""
 
