@@ -541,7 +541,9 @@ def test_a_file_that_is_no_image_is_refused(tmp_path):
 
 def test_a_text_that_is_too_long_is_not_counted_as_an_image():
     pair = pairs("image")[0]
-    long = replace(pair, text="is this " + "large " * 9 + f"circle {pair.answer} or {pair.foil}?")
+    long = replace(
+        pair, name="long", text="is this " + "large " * 9 + f"circle {pair.answer} or {pair.foil}?"
+    )
     _, report = patch(blip()[1], [pair, long], EVERY, on_bad="drop", **QUIET)
     assert report.kept == 1
     assert not any("image" in reason for reason in report.dropped)
@@ -582,7 +584,8 @@ def test_columns_and_their_kinds():
     words = ["task", "pair", "modality", "stack", "kind", "token", "role"]
     numbers_of = ["prob", "prob_diff", "logit_diff", "patching_effect"]
     ends = ["clean_prob", "corrupt_prob", "clean_logit_diff", "corrupt_logit_diff"]
-    assert set(table) == {*words, *numbers_of, *ends, "answer_first", "layer", "head", "position"}
+    flags = ["clean_correct", "answer_first"]
+    assert set(table) == {*words, *numbers_of, *ends, *flags, "layer", "head", "position"}
     assert tuple(numbers_of) == METRICS
     for column in words:
         assert pd.api.types.is_string_dtype(table[column]), column
@@ -590,7 +593,8 @@ def test_columns_and_their_kinds():
         assert table[column].dtype == np.int64, column
     for column in (*numbers_of, *ends):
         assert table[column].dtype == np.float64, column
-    assert table["answer_first"].dtype == np.bool_
+    for column in flags:
+        assert table[column].dtype == np.bool_, column
     whole = ~table["kind"].str.endswith("heads")
     assert (table["head"][whole] == -1).all() and (table["head"][~whole] >= 0).all()
     assert table.notna().all(axis=None)

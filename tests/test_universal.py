@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from hooked_vlm.methods import statistics
+from hooked_vlm.methods.effects import effects
 from hooked_vlm.methods.statistics import bootstrap
 from hooked_vlm.methods.universal import universal
 
@@ -386,3 +387,51 @@ def test_numbers_that_are_missing_are_refused(where):
         numbers.loc[chosen, "logit_diff"] = np.inf if where == "infinite" else np.nan
     with pytest.raises(ValueError, match="not every pair has a number of every head"):
         universal(numbers, **AS_PUBLISHED)
+
+
+def test_by_chance_a_head_is_rarely_universal_and_confirmed():
+    """Of noise, one head of which varies five times as much; with the classes' shared chance."""
+    rng, found = np.random.default_rng(0), [0, 0]
+    for _ in range(40):
+        numbers = {("t", one): rng.normal(size=(16, 12)) for one in (IMAGE, TEXT)}
+        found[0] += len(universal(table(numbers), k=None, n_null=100).heads) > 0
+        for values in numbers.values():
+            values[:, 5] *= 5
+        loud = universal(table(numbers), k=None, n_null=100).heads
+        found[1] += int(loud["confirmed"].sum()) > 0
+    assert found[0] <= 6 and found[1] <= 6  # 5 % expected; above 6 with a chance of 1 in 100
+
+
+def test_pairs_of_one_name_are_refused():
+    numbers = table({("t", IMAGE): np.ones((3, 4))}, position=3)
+    with pytest.raises(ValueError, match="two pairs of one task have the name 'p0'"):
+        universal(pd.concat([numbers, numbers]))
+
+
+def test_nothing_is_confirmed_where_nothing_is_held_out():
+    found = universal(table({("t", IMAGE): [[9, 1, 1, 1]] * 2}), k=1.5, n_null=0, held_out=0.0)
+    assert len(found.heads) == 1 and found.heads["confirmed"].isna().all()
+
+
+# --- effects
+
+
+def test_effects_by_hand():
+    """Two tokens of one role count by their mean; signed and absolute means differ."""
+    lines = [  # pair, modality, head, value
+        ("a", "image", 0, 1.0),
+        ("a", "image", 0, 3.0),
+        ("b", "image", 0, -4.0),
+        ("a", "image", 1, 5.0),
+        ("a", "text", 0, 7.0),
+    ]
+    table = pd.DataFrame(lines, columns=["pair", "modality", "head", "logit_diff"])
+    table = table.assign(task="t", stack="text", kind="attn_heads", layer=0, role="answer")
+    told = effects(table, by=("modality", "head")).set_index(["modality", "head"])
+    assert told["mean"].to_dict() == {("image", 0): -1, ("image", 1): 5, ("text", 0): 7}
+    assert told["absolute"].to_dict() == {("image", 0): 3, ("image", 1): 5, ("text", 0): 7}
+    assert told["n"].tolist() == [2, 1, 1]
+    assert told.loc[("image", 0), ["low", "high"]].tolist() == [-4, 2]  # one pair twice
+    assert told.loc[("text", 0), ["low", "absolute_high"]].isna().all()
+    with pytest.raises(KeyError, match=r"no column 'x', only \['pair'"):
+        effects(table, "x")

@@ -221,6 +221,8 @@ def scores(
             metric=metric,
             progress=progress,
         )
+        if not result.provenance["complete"]:
+            raise KeyboardInterrupt
         gains = result.difference.mean(("example", "draw")).values.tolist()
         found |= dict(zip((one.name for one in result.sites), gains, strict=True))
     return found

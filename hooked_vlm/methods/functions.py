@@ -73,15 +73,16 @@ def head_functions(
         - `ablation`: what the metric gains without the head: below 0 of one that helps
 
         and `same_patch`, in how many images the largest patch is the commonest one; `matters`,
-        whether the interval of `ablation` leaves out 0, and it is at least 3 % of the strongest
-        head's; and `function`:
+        whether the interval of `ablation` leaves out 0, of each head by itself, and it is at least
+        3 % of the strongest head's; and `function`:
 
-        - `outlier suppression`: at least half of its attention is on one patch, in at least half of
-          the images the same: it soaks attention up
         - `object detection`: the interval of `lift` lies above 1.5 and that of `correlation` above
           0: it looks at the object; but `object suppression` where it matters and the metric gains
           without it: it writes against what it sees
-        - `object suppression`: the interval of `lift` lies below 1 / 1.5: it looks elsewhere
+        - `outlier suppression`: else, at least half of its attention is on one patch, in at least
+          half of the images the same: it soaks attention up. Where all images have their object in
+          one place and no mask is given, a head that looks at it seems to be one
+        - `object suppression`: else, the interval of `lift` lies below 1 / 1.5: it looks elsewhere
         - else empty. A head that does not `matter` looks as its function says, and does nothing.
 
     Raises:
@@ -103,11 +104,10 @@ def head_functions(
             raise ValueError(f"{name!r} is no head's hook_z that sees the image")
     looks = []
     for pair in tqdm(given, desc="looking", unit="pair", disable=not progress):
-        inputs = model.prepare_prompt(pair.images[:1], (pair.texts or [])[:1])
-        words = {"answer": pair.answer, "foil": pair.foil}
-        roles = {name: word for name, word in words.items() if word} | dict(pair.roles)
+        texts = None if pair.texts is None else pair.texts[:1]
+        inputs = model.prepare_prompt(pair.images[:1], texts)
         try:
-            seen = look(model, inputs, known, query, roles)
+            seen = look(model, inputs, known, query, pair.words)
         except NoSuchPlace as error:
             raise NoSuchPlace(f"pair {pair.name!r}: {error}") from error
         mask = (masks or {}).get(pair.name)
@@ -122,6 +122,8 @@ def head_functions(
     without = intervention or P.mean(given, per_position=False)
     metric = P.logit_diff(tokens="first")
     ablated = P.ablate(model, given, sites, without, metric, progress=progress)
+    if not ablated.provenance["complete"]:
+        raise KeyboardInterrupt
     values["ablation"] = ablated.difference.values.reshape(len(given), -1)
     return _told(sites, values, level, seed)
 
@@ -196,8 +198,8 @@ def _told(
     looks = (frame["lift_low"] > MORE) & (frame["correlation_low"] > 0)
     against = looks & frame["matters"] & (frame["ablation"] > 0)
     frame["function"] = np.select(
-        [soaks, against | (frame["lift_high"] < 1 / MORE), looks],
-        ["outlier suppression", "object suppression", "object detection"],
+        [against, looks, soaks, frame["lift_high"] < 1 / MORE],
+        ["object suppression", "object detection", "outlier suppression", "object suppression"],
         "",
     )
     return frame

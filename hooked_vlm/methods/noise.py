@@ -30,11 +30,9 @@ TAKES: dict[str, dict[str, float]] = {
 class Noise:
     """How an image is corrupted, element by element; `e` is drawn from a standard normal.
 
-    | kind | | source |
-    |---|---|---|
-    | `multiplicative` | `x * (mean + std * e)` | Palit et al. (arXiv 2308.14179), released code |
-    | `additive` | `x + std * sigma * e` | Meng et al. (arXiv 2202.05262) sec. 2.1 |
-    | `scale` | `x * factor`, without chance | Palit et al., second released notebook |
+    - `multiplicative`: `x * (mean + std * e)`; the released code of Palit et al. (arXiv 2308.14179)
+    - `additive`: `x + std * sigma * e`; Meng et al. (arXiv 2202.05262) sec. 2.1
+    - `scale`: `x * factor`, without chance; the second released notebook of Palit et al.
 
     `sigma` is the standard deviation of all numbers of the one clean image: of all positions and
     dimensions of its embedding, or of all its pixels. A view of LLaVA-NeXT counts as an image.

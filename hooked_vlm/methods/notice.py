@@ -13,6 +13,7 @@ reads the numbers of a token in front of the answer. Here positions are found by
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -134,7 +135,8 @@ def patch(
 
     Returns:
         A table with a line for each pair, site and position, and a report of the pairs. Columns:
-        `task`, `pair`, `modality` (what is corrupt), `answer_first`; `stack`, `kind`, `layer`,
+        `task`, `pair`, `modality` (what is corrupt), `clean_correct` (whether the clean run says
+        the answer's first token before all others), `answer_first`; `stack`, `kind`, `layer`,
         `head` (-1 of a module), `position`, its `token` and `role` (`answer`, `foil`, those of the
         pair, else empty); with r the answer's first token and r' the foil's, LD = logit(r) -
         logit(r'), `prob` P(r) of the patched run, `prob_diff` P(r) less that of the run that is
@@ -149,11 +151,7 @@ def patch(
     method = Notice(model, settings or Settings())
     tasks = pairs if isinstance(pairs, Mapping) else {"": pairs}
     rows, tables = Rows(on_bad), []
-    every = [
-        (task, pair if pair.name else replace(pair, name=str(number)))
-        for task, several_ in tasks.items()
-        for number, pair in enumerate(several_)
-    ]
+    every = numbered(tasks)
     for task, pair in tqdm(every, desc="NOTICE", unit="pair", disable=not progress):
         with rows.row(f"pair {pair.name!r}"):
             tables.append(method.measure(method.prepare(pair), task))
@@ -161,6 +159,27 @@ def patch(
     if not tables:
         raise ValueError(f"no pair is left to be patched: {report}")
     return pd.concat(tables, ignore_index=True), report
+
+
+def numbered(tasks: Mapping[str, Sequence[Pair]]) -> list[tuple[str, Pair]]:
+    """All pairs with their tasks; those without a name get their number.
+
+    Raises:
+        ValueError: two pairs of one task, name and corruption, which a table could not tell apart.
+    """
+    found = [
+        (task, pair if pair.name else replace(pair, name=str(number)))
+        for task, some in tasks.items()
+        for number, pair in enumerate(some)
+    ]
+    keys = Counter((task, pair.name, len(pair.images)) for task, pair in found)
+    if twice := [key for key, count in keys.items() if count > 1]:
+        task, name, _ = twice[0]
+        where_ = f" of task {task!r}" if task else ""
+        raise ValueError(
+            f"{keys[twice[0]]} pairs{where_} have the name {name!r}; give each its own"
+        )
+    return found
 
 
 class Notice:
@@ -264,6 +283,7 @@ class Notice:
             "task": task,
             "pair": ready.pair.name,
             "modality": modality(ready.pair),
+            "clean_correct": bool(ends[0, 2]),
             "answer_first": first.get("answer", np.inf) < first.get("foil", -np.inf),
             "stack": np.repeat([site.stack for site in self.sites], n_places),
             "kind": np.repeat([kind_of(site) for site in self.sites], n_places),

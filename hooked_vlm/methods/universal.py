@@ -41,7 +41,9 @@ class Universal:
             is `vision`, `text` or `multimodal`; `z`, the smallest of its standard scores among
             heads in the conditions that this needs; `p`, the share of permutations in which any
             head has as large a one; and `confirmed`, whether the pairs that were held out put it
-            above the threshold again, in each of these conditions.
+            above the threshold again, with an interval above the mean over heads, in each of these
+            conditions (of one pair, which has no interval, the score alone counts); missing where
+            none were held out.
         effects: a line for each head and condition: `task`, `modality`, `mean`, `z`, `selected`
             (above the threshold), and of the pairs that were held out `held_out`, the mean, with
             its interval `low`, `high`, and `held_out_z`.
@@ -69,9 +71,11 @@ def universal(
 ) -> Universal:
     """Finds universal heads on one part of the pairs, and holds them against the rest and chance.
 
-    The null: in each pair the numbers of all heads are exchanged at random, anew in each condition,
-    so that no head is special; the largest score of any head is kept, so that `p` counts all heads
-    that were looked at.
+    The null: the numbers of all heads of a pair come from one distribution. In each pair they are
+    exchanged at random, anew in each condition, and the largest score of any head is kept, so that
+    `p` counts all heads that were looked at. A head whose numbers merely vary more than those of
+    others is against this null, too, and passes more often than by chance: `confirmed` is what it
+    does not reach.
 
     Args:
         table: of `notice.patch`, with one task or several.
@@ -82,7 +86,8 @@ def universal(
             the released code computes it.
         k: how many standard deviations above the mean over heads are the threshold, as published.
             Of few heads no two equal ones can pass: m of n have scores of at most sqrt(n / m - 1).
-            None for the score that no head reaches in 95 % of the permutations.
+            None for the score that no head reaches in 95 % of the permutations, shared by the
+            classes.
         held_out: the share of each task's pairs on which nothing is selected; 0 for none, as
             published.
         n_null: permutations; 0 for none.
@@ -91,7 +96,7 @@ def universal(
 
     Raises:
         ValueError: a table without such heads or role, another rule, a share outside of 0 to 1, or
-            a condition in which one of the parts has no pair.
+            a condition in which one of the parts has no pair, pairs that share a name.
     """
     if rule not in RULES:
         raise ValueError(f"rule is one of {', '.join(RULES)}, not {rule!r}")
@@ -107,18 +112,18 @@ def universal(
     chosen = {condition: first for condition, (first, _) in parts.items()}
     scores = {condition: _scores(first.mean(0)) for condition, first in chosen.items()}
     null = _permuted(chosen, n_null, np.random.default_rng(seed))
-    lines, again = [], {}
+    lines, again, above = [], {}, {}
     for condition, (first, rest) in parts.items():
         nothing = (np.full(len(heads), np.nan),) * 3
         mean, low, high = bootstrap(rest, level=level, seed=seed) if len(rest) else nothing
-        again[condition] = _scores(mean)
+        again[condition], above[condition] = _scores(mean), ~(low <= mean.mean())
         lines.append(
             heads.assign(
                 task=condition[0],
                 modality=condition[1],
                 mean=first.mean(0),
                 z=scores[condition],
-                selected=scores[condition] >= _threshold(null[condition], k),
+                selected=scores[condition] >= _threshold(null[condition], k, 1),
                 held_out=mean,
                 low=low,
                 high=high,
@@ -127,14 +132,16 @@ def universal(
         )
     found, chance = [], {}
     before, before_null = np.zeros(len(heads), dtype=bool), np.zeros((n_null, len(heads)), bool)
-    for name, some in _classes(list(values)).items():
+    classes = _classes(list(values))
+    for name, some in classes.items():
         least, held, by_chance = (_least(of, some) for of in (scores, again, null))
-        threshold = _threshold(by_chance, k)
+        threshold = _threshold(by_chance, k, len(classes))
         told = heads.assign(universal=name, z=least)
         if n_null:
             beaten = (by_chance.max(1)[:, None] >= least - ROUNDING).sum(0)
             told["p"] = (1 + beaten) / (1 + n_null)
-        told["confirmed"] = held >= threshold
+        agree = (held >= threshold) & np.all([above[one] for one in some], axis=0)
+        told["confirmed"] = pd.array(agree if held_out else [pd.NA] * len(heads), dtype="boolean")
         found.append(told[(least >= threshold) & ~before])
         passes = (by_chance >= threshold) & ~before_null
         before, before_null = before | (least >= threshold), before_null | passes
@@ -160,6 +167,13 @@ def _values(
         )
     if not np.isfinite(some[metric]).all():
         raise ValueError("not every pair has a number of every head; patch the same sites in all")
+    once = [one for one in ("task", "modality", "pair", *HEAD, "position") if one in some]
+    if "position" in some and some.duplicated(once).any():
+        twice = some.loc[some.duplicated(once), "pair"].iloc[0]
+        raise ValueError(
+            f"two pairs of one task have the name {twice!r}; give each its own, or tables of "
+            "several runs a task each"
+        )
     some = some.assign(value=abs(some[metric]) if size else some[metric])
     wide = some.pivot_table(
         index=["task", "modality", "pair"], columns=list(HEAD), values="value", aggfunc="mean"
@@ -220,14 +234,15 @@ def _least(scores: Mapping[Condition, Numbers], some: Sequence[Condition]) -> Nu
     return smallest
 
 
-def _threshold(null: Numbers, k: float | None) -> float:
+def _threshold(null: Numbers, k: float | None, n_classes: int) -> float:
     """The score that a head must reach.
 
     Args:
         null: [permutation, head], scores by chance.
         k: as in `universal`.
+        n_classes: how many classes share the chance.
     """
-    return float(np.quantile(null.max(1), 1 - CHANCE)) if k is None else k
+    return float(np.quantile(null.max(1), 1 - CHANCE / n_classes)) if k is None else k
 
 
 def _permuted(
