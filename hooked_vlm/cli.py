@@ -172,9 +172,8 @@ def validate(
         pages.save(frame, out)
         if page is not None:
             pages.write(frame, page)
-        console = Console()
-        console.print(pages.table(frame))
-        console.print("wrote", str(out), *([] if page is None else [str(page)]), soft_wrap=True)
+        Console().print(pages.table(frame))
+        typer.echo(f"wrote {out}" + ("" if page is None else f" {page}"))  # rich reads [brackets]
     except (ValueError, KeyError, OSError) as error:
         fail(error)
 

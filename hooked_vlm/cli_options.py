@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated, Any, NoReturn
 
@@ -71,8 +74,41 @@ def open_model(
     )
 
 
+def refuse(why: str, /, **given: Any) -> None:
+    """Refuses options that nothing would read.
+
+    Args:
+        why: what the error says behind the option's name.
+        given: by option what was given; None, False or nothing where none was.
+
+    Raises:
+        ValueError: one was given.
+    """
+    for name, value in given.items():
+        if value is not None and value is not False and value != []:
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
+
+
+def places(given: Sequence[str] | None) -> list[int | str]:
+    """Positions as they are given: numbers, and roles."""
+    return [int(one) if re.fullmatch(r"-?[0-9]+", one) else one for one in given or ()]
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Ends a command that goes wrong by a line: with 2, or with 130 at Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.secho("stopped; the same command goes on from here", fg="yellow", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, KeyError, OSError) as error:
+        fail(error)
+
+
 def fail(error: Exception) -> NoReturn:
     """Tells what went wrong in one line, and ends the command with 2."""
     said = error.args[0] if isinstance(error, KeyError) and error.args else error
-    typer.secho(f"error: {' '.join(str(said).split())}", fg="red", err=True)
+    line = " ".join(str(said).split()).replace("on_bad='drop'", "--drop")
+    typer.secho(f"error: {line}", fg="red", err=True)
     raise typer.Exit(2)

@@ -92,7 +92,9 @@ def patch(
         (out / name).write_bytes(content)
     console = Console()
     console.print(_table(result, top))
-    console.print("wrote", ", ".join(str(out / name) for name in files), soft_wrap=True)
+    console.print(
+        "wrote", ", ".join(str(out / name) for name in files), soft_wrap=True, markup=False
+    )
     return result
 
 

@@ -15,6 +15,7 @@ from hooked_vlm.data import (
     read_pairs,
     read_pairs_report,
     shapes,
+    symmetric_token_replacement,
 )
 
 # --- pairs of the user's own
@@ -106,6 +107,10 @@ def test_miniatures_are_read_whole(tmp_path):
         assert choices.report.kept == (kept or len(choices))
         reasons = set(choices.report.dropped)
         assert reasons <= {"no photograph left of the noun in a state unlike it"}
+        pairs, report = symmetric_token_replacement(
+            choices, Words.to_str_tokens, seed=0, on_bad="drop"
+        )
+        assert len(pairs) == report.kept >= (len(choices) if kind != "facial-expressions" else 9)
         for one in choices:
             scene, other = (np.asarray(Image.open(i)) for i in (one.image, one.other_image))
             assert scene.shape == other.shape

@@ -100,13 +100,13 @@ class Question:
 
     Attributes:
         image: the image, or a path.
-        text: the question.
+        text: the question; None for a caption from nothing.
         answer: the right answer.
         name: what results call it.
     """
 
     image: ImageLike
-    text: str
+    text: str | None
     answer: str
     name: str = ""
 

@@ -31,10 +31,10 @@ def write_miniature(kind: str, out: str | Path, n: int = 24, seed: int = 0) -> P
 
     Args:
         kind: one of `KINDS`: `svo-probes`: `svo_probes.csv`, `image_urls.txt` and `images`, with
-            triplets such as 'circle,above,square'; `mit-states`: `images/red circle/0.jpg` and so
-            on; `facial-expressions`: scenes in place of faces, in folders of emotions that mean
-            nothing, and the same as `fer2013.csv`; `coco-qa`: `color_coco_qa.csv`, whose questions
-            have five words, and `images`.
+            triplets such as 'red circle,above,blue square'; `mit-states`: `images/red circle/0.jpg`
+            and so on; `facial-expressions`: scenes in place of faces, in folders of emotions that
+            mean nothing, and the same as `fer2013.csv`; `coco-qa`: `color_coco_qa.csv`, whose
+            questions have five words, and `images`.
         out: a folder that is not there, or empty.
         n: how many scenes; of `facial-expressions`, of each split.
         seed: the same seed writes the same data set.
@@ -43,7 +43,7 @@ def write_miniature(kind: str, out: str | Path, n: int = 24, seed: int = 0) -> P
         The folder.
 
     Raises:
-        ValueError: another kind, or too few scenes.
+        ValueError: another kind, or no scene.
         FileExistsError: there is something at `out`. Nothing is written then.
     """
     if kind not in KINDS:
@@ -65,15 +65,16 @@ def write_miniature(kind: str, out: str | Path, n: int = 24, seed: int = 0) -> P
 
 
 def _svo_probes(out: Path, n: int, seed: int) -> None:
-    """One line for each scene; subject, verb and object differ in turn."""
+    """One line for each scene; subject, verb and object differ in turn.
+
+    Subjects and objects differ in their colours, and verbs are of one word: other words of the
+    set then have as many tokens as both options, as their exchange needs.
+    """
     rng = np.random.default_rng([seed, 2])
-    vertical = [one for one in shapes.scenes(8 * n + 8, seed) if one.relation in ("above", "below")]
-    if len(vertical) < n:
-        raise ValueError(f"there are too few scenes of seed {seed}; give another one")
     lines = []
-    for index, scene in enumerate(vertical[:n]):
+    for index, scene in enumerate(shapes.scenes(n, seed)):
         part = index % 3
-        variant = scene.variants("relation" if part == 1 else "shape")
+        variant = scene.variants("relation" if part == 1 else "color")
         differing = [one for one in variant if _differs(scene, one) == part]
         other = differing[int(rng.integers(len(differing)))]
         row: dict[str, Any] = {"sentence": scene.caption()}
@@ -88,7 +89,7 @@ def _svo_probes(out: Path, n: int, seed: int) -> None:
 
 
 def _triplet(scene: shapes.Scene) -> tuple[str, str, str]:
-    return scene.first.kind, scene.relation, scene.second.kind
+    return scene.first.words, scene.relation.removesuffix(" of"), scene.second.words
 
 
 def _differs(scene: shapes.Scene, other: shapes.Scene) -> int:

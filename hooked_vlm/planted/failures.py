@@ -93,9 +93,17 @@ FAILURES = (
     ),
     Failure(
         ("causal tracing",),
-        ("eye", "backup"),
+        ("eye", "mover", "backup"),
         "The noise stands on what the image encoder gives, so that nothing in front of it is"
-        " corrupt and could be restored. The backup, too, restores nothing.",
+        " corrupt and could be restored, nor what depends on the question alone, as the mover does."
+        " The backup, too, restores nothing.",
+    ),
+    Failure(
+        ("causal tracing",),
+        ("suppressor",),
+        "What is measured is the probability of the answer, as published. Under noise it is near"
+        " chance, and can hardly fall when the suppressor is restored alone; a logit difference"
+        " falls.",
     ),
     Failure(
         ("raw attention",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,14 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from hooked_vlm.data import Pair, Question
+from hooked_vlm.data.report import OnBad
 from hooked_vlm.methods import causal_tracing
 from hooked_vlm.methods.causal_tracing import PUBLISHED, Noise
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.inputs import open_images
 from hooked_vlm.plots import heatmap
 from hooked_vlm.runs import page as pages
-from hooked_vlm.runs.notice import digest
+from hooked_vlm.runs.digest import digest
 from hooked_vlm.runs.origin import provenance
 from hooked_vlm.runs.run import Excluded, load, open_run
 
@@ -33,6 +35,7 @@ def run(
     noise: Noise = PUBLISHED,
     least: float = 0.01,
     about: Mapping[str, Any] | None = None,
+    on_bad: OnBad = "raise",
     seed: int = 0,
     progress: bool = True,
     **options: Any,
@@ -47,6 +50,7 @@ def run(
         least: questions are left out, and counted, whose answer's probability in the clean run and
             the mean of that in the corrupt ones differ by less: it does not depend on the image.
         about: what else tells one run from another, such as where the questions come from.
+        on_bad: `raise` stops at an image that cannot be read, `drop` excludes the question.
         seed: of the noise.
         progress: whether to show bars.
         **options: those of `trace` that JSON can hold: `kind`, `stacks`, `window`, `positions`,
@@ -64,14 +68,20 @@ def run(
         "method": "causal_tracing",
         "noise": str(noise),
         "least": least,
+        "on_bad": on_bad,
         "questions": digest(questions),
         "options": {"max_rows": 64} | options,
         **(about or {}),
     }
 
     def prepare(one: Asked) -> Asked:
-        (image,) = open_images([one.image])
-        image.load()
+        try:
+            (image,) = open_images([one.image])
+            image.load()
+        except OSError as error:
+            if on_bad == "drop":
+                raise Excluded("image cannot be read") from error
+            raise
         return replace(one, image=image)
 
     def work(one: Asked, ready: Asked) -> pd.DataFrame:
@@ -80,7 +90,10 @@ def run(
         )
         if not result.provenance["complete"]:
             raise KeyboardInterrupt
-        if abs(float(result.clean[0]) - float(result.corrupt[0].mean())) < least:
+        gap = abs(float(result.clean[0]) - float(result.corrupt[0].mean()))
+        if not math.isfinite(gap):
+            raise Excluded("its metric is no number under this noise")
+        if gap < least:
             raise Excluded("its answer does not depend on the image")
         return result.to_dataframe().assign(answer=str(result.provenance["answers"][0]))
 
@@ -131,12 +144,14 @@ def _maps(table: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
 def restored(some: pd.DataFrame) -> xr.DataArray:
     """The mean gain over the mean gap between clean and corrupt runs, by position and layer.
 
+    Both means are over all questions and draws, so that questions in which the noise changes little
+    weigh little.
+
     Args:
         some: lines of one component of one stack, of examples of one length.
     """
-    gap = (some["clean"] - some["corrupt"]).groupby(some["example"]).mean()
-    by = some.groupby(["example", "position", "layer"])["difference"].mean()
-    share = by.div(gap, level="example").groupby(level=["position", "layer"]).mean()
+    gap = (some["clean"] - some["corrupt"]).mean()
+    share = some.groupby(["position", "layer"])["difference"].mean() / gap
     tokens = some.groupby("position")["token"].unique()
     labels = {at: said[0] if len(said) == 1 and said[0] else at for at, said in tokens.items()}
     wide = share.unstack()
