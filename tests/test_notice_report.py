@@ -1,14 +1,16 @@
 """The page of a NOTICE run, whatever was patched, of whatever model."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from hooked_vlm import HookedVLM, data, planted
+from hooked_vlm import HookedVLM, data, planted, runs
 from hooked_vlm import patching as P
 from hooked_vlm.methods import functions
 from hooked_vlm.methods.notice import Settings
+from hooked_vlm.methods.universal import universal
 from hooked_vlm.runs import notice
 
 HEADS = Settings(kinds=("cross_attn_heads",), positions=("object",))
@@ -59,6 +61,12 @@ def test_tasks_with_pairs_of_one_name_are_kept_apart(choices, tmp_path):
     given = {"a": pairs, "b": [wrong, *others[1:]]}
     page = page_of(model, given, tmp_path / "run", masks=masks)
     assert "on 7 clean images" in page
+    shown = re.findall(r"Layer (\d), head (\d): ", page)  # universal, then the strongest
+    table = runs.load(tmp_path / "run").table
+    strongest = table.groupby(["layer", "head"])["logit_diff"].mean().abs().nlargest(12).index
+    first = universal(table, role="object").heads[["layer", "head"]].itertuples(index=False)
+    order = list(dict.fromkeys([*map(tuple, first), *strongest]))
+    assert list(dict.fromkeys(shown)) == [tuple(map(str, one)) for one in order[:3]]
     assert "Answered correctly of a: 100.0% of 4" in page
     assert "Answered correctly of b: 75.0% of 4" in page
     with pytest.raises(ValueError, match="2 pairs of task 'a' have the name '0: color'"):

@@ -199,6 +199,10 @@ def _functions(told: Told, heads: Sequence[str], role: str) -> list[Part]:
     numbers = head_functions(
         model, pairs, masks, heads, query=role, seed=told.seed, progress=told.progress
     )
+    order = [tuple(int(number) for number in re.findall(r"\d+", name)) for name in heads]
+    numbers = numbers.set_index(["layer", "head"], drop=False).loc[
+        order
+    ]  # they come in the model's
     columns = [
         *("layer", "head", "function", "matters", "ablation", "on_image", "mass", "lift"),
         *("correlation", "relative", "outlier", "same_patch"),
