@@ -15,7 +15,8 @@ TOYS ?= toy-blip-itm toy-blip-vqa toy-blip-captioning toy-albef toy-clip toy-cli
 # Tests of whole methods on whole models, which take five times as long when every shape is checked.
 # Run by hand without these targets, they are checked, too.
 UNTYPED := tests/test_planted.py tests/test_validate.py tests/test_notice_report.py \
-	tests/test_runs_notice.py tests/test_cli_runs.py
+	tests/test_runs_notice.py tests/test_cli_runs.py tests/test_causal_tracing.py \
+	tests/test_notice.py tests/test_functions.py
 WITHOUT_TYPES := --override-ini=addopts= --strict-config --strict-markers -ra
 
 VENV := .venv
