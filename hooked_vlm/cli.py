@@ -14,11 +14,13 @@ from hooked_vlm.cli_options import (
     Device,
     Direction,
     DType,
+    First,
     FirstToken,
     Model,
     Processor,
     Revision,
     Task,
+    Way,
     fail,
     open_model,
 )
@@ -56,10 +58,8 @@ def patch(
     metric: Annotated[
         str | None, typer.Option(help="itm_margin, logit_diff, prob or log_prob.")
     ] = None,
-    direction: Annotated[Direction, typer.Option(help="Which run is patched.")] = Direction.denoise,
-    first_token: Annotated[
-        FirstToken, typer.Option(help="[CLS] as in transformers, [ENC] as in BLIP's training.")
-    ] = FirstToken.cls,
+    direction: Way = Direction.denoise,
+    first_token: First = FirstToken.cls,
     out: Annotated[Path, typer.Option(help="A folder for pictures and tables.")] = Path("patch"),
     top: Annotated[int, typer.Option(help="Rows of the table.", min=1)] = 10,
     seed: Annotated[

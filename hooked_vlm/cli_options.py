@@ -32,6 +32,10 @@ class Corrupt(StrEnum):
     text = "text"
 
 
+Way = Annotated[Direction, typer.Option(help="Which run is patched.")]
+First = Annotated[
+    FirstToken, typer.Option(help="[CLS] as in transformers, [ENC] as in BLIP's training.")
+]
 Model = Annotated[str, typer.Option(help="A packaged toy, a folder, a .pth, or a Hub name.")]
 Revision = Annotated[str | None, typer.Option(help="Of a Hub name.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]

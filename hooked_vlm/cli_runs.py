@@ -14,11 +14,13 @@ from hooked_vlm.cli_options import (
     Device,
     Direction,
     DType,
+    First,
     FirstToken,
     Model,
     Processor,
     Revision,
     Task,
+    Way,
     in_one_line,
     open_model,
     places,
@@ -115,7 +117,7 @@ def notice(
         list[Module] | None, typer.Option(help="What is patched; by default all.")
     ] = None,
     positions: Positions = None,
-    direction: Annotated[Direction, typer.Option(help="Which run is patched.")] = Direction.denoise,
+    direction: Way = Direction.denoise,
     keep_all: Annotated[
         bool, typer.Option("--keep-all", help="Also pairs answered wrongly, or without effect.")
     ] = False,
@@ -127,9 +129,7 @@ def notice(
     k: Annotated[float, typer.Option(help="Deviations above the mean of universal heads.")] = 2.0,
     out: Out = Path("notice"),
     seed: Seed = 0,
-    first_token: Annotated[
-        FirstToken, typer.Option(help="[CLS] as in transformers, [ENC] as in BLIP's training.")
-    ] = FirstToken.cls,
+    first_token: First = FirstToken.cls,
     task: Task = None,
     processor: Processor = None,
     revision: Revision = None,
@@ -271,9 +271,7 @@ def trace(
     drop: Drop = False,
     out: Out = Path("trace"),
     seed: Seed = 0,
-    first_token: Annotated[
-        FirstToken, typer.Option(help="[CLS] as in transformers, [ENC] as in BLIP's training.")
-    ] = FirstToken.cls,
+    first_token: First = FirstToken.cls,
     task: Task = None,
     processor: Processor = None,
     revision: Revision = None,

@@ -31,3 +31,12 @@ def no_grad():
     """For references whose weights have gradients."""
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def one_thread():
+    """For models too small to share their work: on busy cores, threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

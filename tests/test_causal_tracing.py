@@ -19,7 +19,7 @@ from hooked_vlm.methods import causal_tracing as CT
 from hooked_vlm.methods.trace_result import TraceResult
 from hooked_vlm.models.names import Site
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = pytest.mark.usefixtures("no_grad", "one_thread")
 
 VQA = Member("vqa", Size((12, 1, 2), (12, 3, 2), image=16))
 PUBLISHED = CT.Noise("multiplicative", mean=1.0, std=5.0)
@@ -28,15 +28,6 @@ SCALED = CT.Noise("scale", factor=0.4)
 QUIET = {"progress": False, "max_rows": 64}
 FEW = [VQA, ALBEF_VQA, LLAMA]
 OTHERS = [one for one in (*FUSED, *LLAVA) if one not in (*FEW, MISTRAL)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are too small to share their work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def one_row(member, seed=0):

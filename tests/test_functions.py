@@ -19,20 +19,11 @@ from hooked_vlm.methods.looking import look, readers
 from hooked_vlm.patching.places import NoSuchPlace
 from hooked_vlm.planted.world import CELL, GRID, cell_of
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = pytest.mark.usefixtures("no_grad", "one_thread")
 
 N = 8
 NAMES = [f"planted-{name}" for name in ("blip-distractors", "blip-outlier", "blip-cancelling")]
 MEASURED = ("on_image", "mass", "lift", "correlation", "relative", "outlier", "entropy", "ablation")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are too small to share their work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache

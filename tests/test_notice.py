@@ -23,11 +23,12 @@ from hooked_vlm.data import (
 )
 from hooked_vlm.methods import notice
 from hooked_vlm.methods.notice import METRICS, Notice, Settings, patch
+from hooked_vlm.models.sketch import measured
 from hooked_vlm.patching.metrics import several
 from hooked_vlm.patching.sweep import ablating, patching, results
 from hooked_vlm.toys.tokenizer import build_processor
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = pytest.mark.usefixtures("no_grad", "one_thread")
 
 EVERY = Settings(clean_correct=False, corruption_effective=None)  # random weights know nothing
 EXACT = 1e-10
@@ -40,15 +41,6 @@ MODULES = {
     "attn_heads": "attention.self",
     "cross_attn_heads": "crossattention.self",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are too small to share their work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache
@@ -713,3 +705,18 @@ def test_several_metrics_read_one_token():
     metric = several([P.prob(), P.logit_diff(tokens="all")])
     with pytest.raises(ValueError, match="logit_diff of several metrics reads one token"):
         patching(model, pair, "text.hook_embed", metric, None, "denoise", "cls")
+
+
+# --- work
+
+
+def test_all_kinds_are_one_sweep():
+    """As much is computed as by `activation_patching`, which `test_plan` holds to its law."""
+    model, pair = blip()[1], pairs("image")[0]
+    method = notice.Notice(model, EVERY)
+    ready = method.prepare(pair)
+    with measured() as ours:
+        method.measure(ready)
+    with measured() as work:
+        P.activation_patching(model, pair, method.sites, positions="each", **QUIET)
+    assert 0 < ours.macs <= 1.02 * work.macs

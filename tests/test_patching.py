@@ -21,13 +21,7 @@ HEADS = "{}.blocks.*.cross_attn.heads.*.hook_z"
 QUIET = {"progress": False}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are too small to share their work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

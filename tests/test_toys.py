@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,7 @@ OVERALL = {"toy-blip-itm": 0.98, "toy-blip-vqa": 0.95, "toy-blip-captioning": 0.
 EACH_KIND = {"toy-blip-itm": 0.97, "toy-blip-vqa": 0.95, "toy-blip-captioning": 0.95}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Toys are too small to share their work: on busy cores, threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", BLIPS)

@@ -29,10 +29,10 @@ from hooked_vlm.models.names import Site
 from hooked_vlm.patching.cells import Sites, Swept, Together, as_sites, parts
 from hooked_vlm.patching.interventions import patch
 from hooked_vlm.patching.metrics import as_metric
-from hooked_vlm.patching.places import Each, Place, as_place, shown
+from hooked_vlm.patching.places import Each, as_place, shown
 from hooked_vlm.patching.result import provenance
 from hooked_vlm.patching.runs import FirstToken, Run
-from hooked_vlm.patching.sweep import MetricLike, Positions
+from hooked_vlm.patching.sweep import MetricLike, Positions, where
 
 __all__ = [
     "KINDS",
@@ -143,7 +143,8 @@ def trace(
     middles = _middles(model, sites, kind, stacks)
     _check_behind(model, middles, on)
     swept = [_window(one, middles, window) for one in middles]
-    places = _places(middles, positions)
+    own = any(site.position is not None for one in middles for site in parts(one))
+    _, places = where(model, middles, None if own and positions == "each" else positions)
     asked = examples(model, inputs, first_token)
     corruption = Corruption(noise, on, 1 if noise.kind == "scale" else draws, seed)
     runs = [
@@ -302,23 +303,6 @@ def _check_behind(model: HookedVLM, sites: list[Swept], on: On) -> None:
                 f"{one.name!r} is computed before the noise, which is on the image's embeddings: "
                 "there is nothing to restore; trace it with on='pixels'"
             )
-
-
-def _places(sites: list[Swept], positions: Positions) -> Each | list[Place] | None:
-    """Where each site is restored, one place after the other; None for where it says itself."""
-    if any(site.position is not None for one in sites for site in parts(one)):
-        if positions not in ("each", None):
-            raise ValueError("sites with positions of their own leave no choice to positions=")
-        return None
-    if positions is None or isinstance(positions, Each):
-        return positions
-    if isinstance(positions, str) and positions == "each":
-        return Each()
-    if isinstance(positions, Sequence | np.ndarray) and not isinstance(positions, str):
-        if not len(positions):
-            raise ValueError("an empty list of positions restores nothing; None restores all")
-        return [as_place(one) for one in positions]
-    return [as_place(positions)]
 
 
 # --- what is told

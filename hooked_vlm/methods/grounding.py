@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-Numbers = NDArray[np.float64]
+from hooked_vlm.methods.statistics import Numbers
 
 
 def mass(values: ArrayLike, mask: ArrayLike) -> Numbers:

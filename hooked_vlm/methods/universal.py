@@ -14,11 +14,9 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from hooked_vlm.methods.statistics import bootstrap
+from hooked_vlm.methods.statistics import Numbers, bootstrap
 
-Numbers = NDArray[np.float64]
 Condition = tuple[str, str]  # a task, and what is corrupt
 Rule = Literal["signed", "absolute", "released"]
 RULES: dict[str, tuple[str, bool]] = {  # which metric, and whether its size alone counts
