@@ -14,7 +14,7 @@ from hooked_vlm import patching as P
 from hooked_vlm import planted
 from hooked_vlm.data import semantic_image_pairs, shapes_choices
 from hooked_vlm.methods.functions import head_functions
-from hooked_vlm.methods.grounding import correlation, coverage, mass, pointing
+from hooked_vlm.methods.grounding import boxed, correlation, coverage, mass, pointing
 from hooked_vlm.methods.looking import look, readers
 from hooked_vlm.patching.places import NoSuchPlace
 from hooked_vlm.planted.world import CELL, GRID, cell_of
@@ -400,3 +400,28 @@ def test_coverage_counts_quarters_of_pixels():
 def test_masks_of_another_kind_are_refused():
     with pytest.raises(ValueError, match=r"a mask is bool \[height, width\], not bool \[2, 2, 1\]"):
         coverage(np.ones((2, 2, 1), dtype=bool), boxes_of((0, 0, 1, 1)))
+
+
+def test_a_box_is_the_mask_of_its_pixels():
+    mask = boxed((1.0, 0.4, 3.0, 2.5), (4, 4))  # rows 0 and 1: the middle of row 2 is its edge
+    assert mask.tolist() == [[False, True, True, False]] * 2 + [[False] * 4] * 2
+    with pytest.raises(ValueError, match=r"the box .* holds no pixel of an image of 4 x 4"):
+        boxed((5.0, 0.0, 9.0, 2.0), (4, 4))
+
+
+def test_heads_are_measured_by_boxes_too():
+    model, _ = planted.load("planted-blip-distractors")
+    pairs, masks = asked(model.task)
+    boxes = {name: bounds(mask) for name, mask in masks.items()}
+    filled = {name: boxed(boxes[name], mask.shape) for name, mask in masks.items()}
+    by_box, by_mask = (
+        head_functions(model, pairs, one, query="object", **QUIET) for one in (boxes, filled)
+    )
+    pd.testing.assert_frame_equal(by_box, by_mask)
+
+
+def bounds(mask):
+    """The box around a mask."""
+    rows, columns = np.nonzero(mask)
+    ends = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    return tuple(map(float, ends))

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from hooked_vlm import patching as P
 from hooked_vlm.data import Pair
-from hooked_vlm.methods.grounding import correlation, coverage, mass
+from hooked_vlm.methods.grounding import Box, boxed, correlation, coverage, mass
 from hooked_vlm.methods.looking import look, readers
 from hooked_vlm.methods.statistics import bootstrap
 from hooked_vlm.models.base import HookedVLM
@@ -36,7 +36,7 @@ Mask = NDArray[np.bool_]
 def head_functions(
     model: HookedVLM,
     pairs: Sequence[Pair],
-    masks: Mapping[str, Mask] | None = None,
+    masks: Mapping[str, Mask | Box] | None = None,
     heads: Sequence[Site] | Sequence[str] | str | None = None,
     *,
     query: Any = "answer",
@@ -52,7 +52,8 @@ def head_functions(
         pairs: the pairs; of several with one image and question, such as those of two ways of
             corruption, the first counts.
         masks: by a pair's name, bool [height, width] of what the question is about, in the clean
-            image; without one, what depends on it is NaN.
+            image, or its box, (left, top, right, bottom) in pixels; without one, what depends on it
+            is NaN.
         heads: names or sites of `hook_z` of heads; by default all that can see the image.
         query: the place in the text from where heads look, such as a role.
         intervention: what is written in a head's place for `ablation`; by default
@@ -112,6 +113,8 @@ def head_functions(
             raise NoSuchPlace(f"pair {pair.name!r}: {error}") from error
         mask = (masks or {}).get(pair.name)
         size = inputs.geometry[0].size[::-1]
+        if isinstance(mask, tuple):
+            mask = boxed(mask, size)
         if mask is not None and mask.shape != size:
             raise ValueError(
                 f"pair {pair.name!r}: its mask is {list(mask.shape)} and its image {list(size)}; a "

@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from hooked_vlm.methods.statistics import Numbers
 
+Box = tuple[float, float, float, float]
+
 
 def mass(values: ArrayLike, mask: ArrayLike) -> Numbers:
     """The share of a map that lies inside of a mask, [...].
@@ -94,6 +96,26 @@ def coverage(mask: NDArray[np.bool_], boxes: pd.DataFrame) -> Numbers:
     inside = above(bottom, right) - above(top, right) - above(bottom, left) + above(top, left)
     area = (boxes["right"] - boxes["left"]) * (boxes["bottom"] - boxes["top"])
     return np.asarray(inside / area.to_numpy(float))
+
+
+def boxed(box: Box, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The mask of a box, [height, width].
+
+    Args:
+        box: left, top, right, bottom, in pixels; a pixel whose middle lies inside belongs to it.
+        size: height and width of the image.
+
+    Raises:
+        ValueError: a box without a pixel of the image.
+    """
+    left, top, right, bottom = box
+    y, x = (np.arange(n) + 0.5 for n in size)
+    mask: NDArray[np.bool_] = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
+    if not mask.any():
+        raise ValueError(
+            f"the box {tuple(box)} holds no pixel of an image of {size[1]} x {size[0]}"
+        )
+    return mask
 
 
 def _same_grid(values: ArrayLike, mask: ArrayLike) -> tuple[Numbers, Numbers]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from hooked_vlm.data import Pair
 from hooked_vlm.data.report import BadRow, LeftOut, OnBad
+from hooked_vlm.methods.grounding import Box
 from hooked_vlm.methods.notice import Notice, Ready, Settings, numbered
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.runs.digest import digest
@@ -44,7 +45,7 @@ def run(
     out: str | Path,
     *,
     settings: Settings | None = None,
-    masks: Mapping[str, NDArray[np.bool_]] | None = None,
+    masks: Mapping[str, NDArray[np.bool_] | Box] | None = None,
     about: Mapping[str, Any] | None = None,
     on_bad: OnBad = "raise",
     k: float | None = 2.0,
@@ -59,7 +60,7 @@ def run(
         out: the folder of the run: a new one, or one to go on with.
         settings: as for `methods.notice.patch`.
         masks: by a pair's name, of several tasks by `task/name`: what the question is about in the
-            clean image, bool [height, width], for the measured functions of heads.
+            clean image, bool [height, width] or a box, for the measured functions of heads.
         about: what else tells one run from another, such as where the pairs come from.
         on_bad: `raise` stops at a pair that cannot be patched, `drop` excludes it; those that the
             settings leave out are excluded either way.

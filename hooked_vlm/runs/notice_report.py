@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hooked_vlm.data import Pair
 from hooked_vlm.methods.effects import effects
 from hooked_vlm.methods.functions import head_functions
+from hooked_vlm.methods.grounding import Box
 from hooked_vlm.methods.looking import look, readers
 from hooked_vlm.methods.notice import Kind, Settings
 from hooked_vlm.methods.universal import Universal, universal
@@ -55,7 +56,7 @@ class Told:
     excluded: pd.DataFrame
     pairs: Mapping[str, Pair]
     tasks: Mapping[str, str]
-    masks: Mapping[str, NDArray[np.bool_]]
+    masks: Mapping[str, NDArray[np.bool_] | Box]
     settings: Settings
     k: float | None
     seed: int
@@ -222,12 +223,12 @@ def _functions(told: Told, heads: Sequence[str], role: str) -> list[Part]:
     return parts
 
 
-def _sample(told: Told, role: str) -> tuple[list[Pair], dict[str, NDArray[np.bool_]]]:
+def _sample(told: Told, role: str) -> tuple[list[Pair], dict[str, NDArray[np.bool_] | Box]]:
     """Pairs that have the role, one of each image and question, from all tasks, and their masks."""
     has = told.table.loc[told.table["role"] == role, "item"].unique()
     several = len(set(told.tasks.values())) > 1
     pairs: dict[str, Pair] = {}
-    masks: dict[str, NDArray[np.bool_]] = {}
+    masks: dict[str, NDArray[np.bool_] | Box] = {}
     for key in has:
         pair, task = told.pairs[key], told.tasks[key]
         name = f"{task}/{pair.name}"
